@@ -1,0 +1,28 @@
+"""What the actor, the learner and the judges know of a language model: pure functions of a tree."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from rlhf_jax.types import Array, Params
+
+
+class LanguageModel(NamedTuple):
+  """A causal language model as pure functions; a transformer and a table are the same to a round.
+
+  `hidden` and the pair `prefill` / `step` are two ways to the same numbers: the state *after* a
+  token predicts the next one, so position s of `hidden` predicts token s + 1.
+  Prompts are left-padded; position ids count attended tokens only, so padding changes nothing.
+  """
+
+  init: Callable[[Array], Params]  # key -> parameters
+  hidden: Callable[[Params, Array, Array], Array]  # (params, i32[R,S], bool[R,S]) -> f[R,S,D]
+  head: Callable[[Params, Array], Array]  # (params, f[..., D]) -> logits f[..., V]
+  prefill: Callable[[Params, Array, Array], tuple[Array, Any]]
+  # (params, i32[B,P], bool[B,P]) -> (f[B,D] of the last prompt token, prefix shared by K responses)
+  start: Callable[[Any, int, int], Any]  # (prefix, K, T) -> empty cache for K responses of T tokens
+  step: Callable[[Params, Array, Array, Any, Any], tuple[Array, Any]]
+  # (params, token i32[B,K], index i32[] of that token in its response, prefix, cache)
+  #   -> (f[B,K,D] that predicts token index + 1, cache)
+  width: int  # D
+  vocab_size: int  # V
+  context: int  # most tokens of prompt and response together
