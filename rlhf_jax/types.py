@@ -28,6 +28,15 @@ class Prompts(NamedTuple):
   texts: tuple[str, ...] | None = None  # B strings; None where prompts are not text (tables)
 
 
+class Sampling(NamedTuple):
+  """How tokens are drawn. All traced scalars: changing them recompiles nothing."""
+
+  temperature: Array  # f[]; of every log-prob of the round too; 0 takes the likeliest token
+  top_k: Array  # i32[]; keep the k likeliest; 0 keeps all
+  top_p: Array  # f[]; keep the smallest set of at least this mass; 1 keeps all
+  budget: Array  # i32[]; most tokens of a response, at most the compiled T
+
+
 class Outputs(NamedTuple):
   """What a model says of given responses, at the round's sampling temperature."""
 

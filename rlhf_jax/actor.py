@@ -1,0 +1,242 @@
+"""Rollout: prefill once a prompt, then cached decoding of K responses by any player.
+
+Every draw has a key of its own, folded from (run, round, role, prompt ordinal, response, position):
+neither batching nor the number of devices changes it, and two roles never share their noise.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rlhf_jax import players, sharding
+from rlhf_jax.models.base import LanguageModel
+from rlhf_jax.ops import logprobs
+from rlhf_jax.types import Params, Responses, Sampling
+
+
+def sampling(
+  *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, budget: int
+) -> Sampling:
+  """Checked settings.
+
+  Raises:
+    ValueError: a setting lies outside its range.
+  """
+  if temperature < 0:
+    raise ValueError(f'sampling.temperature must be at least 0, got {temperature}')
+  if top_k < 0:
+    raise ValueError(f'sampling.top_k must be at least 0 (0 keeps all), got {top_k}')
+  if not 0 < top_p <= 1:
+    raise ValueError(f'sampling.top_p must lie in (0, 1], got {top_p}')
+  if budget < 1:
+    raise ValueError(f'sampling.max_tokens must be at least 1, got {budget}')
+  return Sampling(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.int32(budget))
+
+
+def role_key(round_key: Array, role: str) -> Array:
+  """The key of one role in one round. Without the role two players would share their noise."""
+  return jax.random.fold_in(round_key, zlib.crc32(role.encode()) >> 1)
+
+
+def truncated(
+  logp: Float[Array, '*lead V'], top_k: Int[Array, ''], top_p: Float[Array, '']
+) -> Float[Array, '*lead V']:
+  """The law cut to its k likeliest tokens and to its top-p nucleus, renormalised.
+
+  The sort runs only if there is something to cut.
+  """
+
+  def cut(logp: Array) -> Array:
+    size = logp.shape[-1]
+    order = jnp.argsort(-logp, -1)
+    ranked = jnp.take_along_axis(logp, order, -1)
+    mass_before = jnp.cumsum(jnp.exp(ranked), -1) - jnp.exp(ranked)
+    kept = (jnp.arange(size) < jnp.where(top_k > 0, top_k, size)) & (mass_before < top_p)
+    kept = jnp.take_along_axis(kept, jnp.argsort(order, -1), -1)
+    return jax.nn.log_softmax(jnp.where(kept, logp, -jnp.inf), -1)
+
+  return jax.lax.cond((top_k > 0) | (top_p < 1), cut, lambda logp: logp, logp)
+
+
+def inverse_cdf(p: Float[Array, '*lead V'], uniform: Float[Array, '*lead']) -> Int[Array, '*lead']:
+  """The first token whose cumulative mass exceeds `uniform` in [0, 1), times the total mass.
+
+  In blocks, since a running sum over a whole vocabulary is slow: first the block, then the token
+  in it. A token of mass 0 is never drawn, whatever the rounding.
+  """
+  *lead, size = p.shape
+  width = size if size <= 256 else 128
+  blocks = -(-size // width)
+  p = jnp.pad(p, [(0, 0)] * len(lead) + [(0, blocks * width - size)])
+  p = p.reshape(*lead, blocks, width)
+  mass = jnp.cumsum(jnp.sum(p, -1), -1)
+
+  def first_above(cumulative: Array, threshold: Array) -> Array:
+    # Strictly below the total, so that some entry exceeds it; that entry has mass of its own.
+    threshold = jnp.minimum(
+      threshold, jnp.nextafter(cumulative[..., -1], jnp.zeros_like(threshold))
+    )
+    return jnp.argmax(cumulative > threshold[..., None], -1)
+
+  threshold = uniform.astype(p.dtype) * mass[..., -1]
+  block = first_above(mass, threshold)
+  inside = jnp.cumsum(jnp.take_along_axis(p, block[..., None, None], -2)[..., 0, :], -1)
+  before = jnp.take_along_axis(mass, block[..., None], -1)[..., 0] - inside[..., -1]
+  token = first_above(inside, jnp.maximum(threshold - before, 0))
+  return block * width + token
+
+
+def row_weights(player: players.Player, keys: Array) -> dict[str, Array]:
+  """Each member's weight in each response: a scalar, or f[B, K] under a population."""
+  if isinstance(player, players.LogLinear):
+    return {name: jnp.asarray(weight) for name, weight in player.weights.items()}
+  if not isinstance(player, players.OneOf):
+    raise TypeError(f'{player} writes no responses of its own')
+  probabilities = jnp.stack([jnp.asarray(p) for p in player.probabilities])
+  # Position −1, as it were: no token's uniform is folded with this number.
+  uniform = _uniforms(keys, jnp.int32(2**31 - 1))
+  chosen = inverse_cdf(
+    jnp.broadcast_to(probabilities, (*uniform.shape, probabilities.size)), uniform
+  )
+  return {
+    name: jnp.stack([jnp.asarray(p.weights.get(name, 0.0)) for p in player.players])[chosen]
+    for name in players.members(player)
+  }
+
+
+def _uniforms(keys: Array, position: Array) -> Float[Array, 'B K']:
+  draw = lambda key: jax.random.uniform(jax.random.fold_in(key, position))  # noqa: E731
+  return jax.vmap(jax.vmap(draw))(keys)
+
+
+class _Loop(NamedTuple):
+  index: Array  # tokens drawn so far
+  done: Array  # bool[B, K]
+  token: Array  # i32[B, K], the last one drawn
+  tokens: Array  # i32[T, B, K]
+  attended: Array  # bool[T, B, K]
+  logp: Array  # f[T, B, K]
+  members: dict[str, Array]  # f[T, B, K] each
+  caches: dict[str, Any]
+
+
+def sampler(
+  model: LanguageModel, *, max_tokens: int, end_tokens: tuple[int, ...], mesh: sharding.Mesh
+) -> Callable[..., Responses]:
+  """The compiled rollout of `model`: T = `max_tokens`, ended by any of `end_tokens`.
+
+  Returns:
+    sample(params {name: parameters}, player, prompts i32[B, P], prompt_attended, ordinals i32[B],
+    key, sampling, responses=K) -> Responses. B must divide over the mesh.
+  """
+
+  def rollout(params, player, prompts, prompt_attended, ordinals, key, settings, responses):
+    names = players.members(player)
+    keys = jax.vmap(
+      lambda n: jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(key, n), k))(
+        jnp.arange(responses)
+      )
+    )(ordinals)
+    weights = row_weights(player, keys)
+    greedy = settings.temperature == 0
+    temperature = jnp.where(greedy, 1.0, settings.temperature)
+
+    def choose(hidden: Mapping[str, Array], loop: _Loop) -> _Loop:
+      """Draw the next token of every response that goes on, and write it down."""
+      law = {n: logprobs.log_softmax(model.head(params[n], hidden[n]), temperature) for n in names}
+      logp = truncated(logprobs.mixture(law, weights), settings.top_k, settings.top_p)
+      drawn = inverse_cdf(jnp.exp(logp), _uniforms(keys, loop.index))
+      token = jnp.where(greedy, jnp.argmax(logp, -1), drawn).astype(jnp.int32)
+      live = ~loop.done
+
+      def picked(logp: Array) -> Array:
+        at = jnp.take_along_axis(logp, token[..., None], -1)[..., 0]
+        return jnp.where(live, at, 0)
+
+      def put(buffer: Array, value: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(buffer, value, loop.index, 0)
+
+      ends = jnp.isin(token, jnp.asarray(end_tokens, jnp.int32)) if end_tokens else False
+      return loop._replace(
+        index=loop.index + 1,
+        done=loop.done | ends,
+        token=token,
+        tokens=put(loop.tokens, jnp.where(live, token, 0)),
+        attended=put(loop.attended, live),
+        logp=put(loop.logp, jnp.where(greedy, 0.0, picked(logp))),
+        members={n: put(loop.members[n], picked(law[n])) for n in names},
+      )
+
+    def body(loop: _Loop) -> _Loop:
+      hidden, caches = {}, {}
+      for n in names:
+        hidden[n], caches[n] = model.step(
+          params[n], loop.token, loop.index - 1, prefixes[n], loop.caches[n]
+        )
+      return choose(hidden, loop._replace(caches=caches))
+
+    prefilled = {n: model.prefill(params[n], prompts, prompt_attended) for n in names}
+    prefixes = {n: prefix for n, (_, prefix) in prefilled.items()}
+    shape = (prompts.shape[0], responses)
+    states = {
+      n: jnp.broadcast_to(h[:, None], (*shape, h.shape[-1])) for n, (h, _) in prefilled.items()
+    }
+    dtype = jnp.promote_types(next(iter(states.values())).dtype, jnp.float32)
+    blank = jnp.zeros((max_tokens, *shape), dtype)
+    loop = choose(
+      states,
+      _Loop(
+        index=jnp.int32(0),
+        done=jnp.zeros(shape, bool),
+        token=jnp.zeros(shape, jnp.int32),
+        tokens=jnp.zeros((max_tokens, *shape), jnp.int32),
+        attended=jnp.zeros((max_tokens, *shape), bool),
+        logp=blank,
+        members=dict.fromkeys(names, blank),
+        caches={n: model.start(prefixes[n], responses, max_tokens) for n in names},
+      ),
+    )
+    loop = jax.lax.while_loop(
+      lambda loop: (loop.index < jnp.minimum(settings.budget, max_tokens)) & ~jnp.all(loop.done),
+      body,
+      loop,
+    )
+    found = loop.tokens, loop.attended, loop.logp, loop.members
+    return *jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), found), loop.done
+
+  def sample(
+    params: Mapping[str, Params],
+    player: players.Player,
+    prompts: Int[Array, 'B P'],
+    prompt_attended: Bool[Array, 'B P'],
+    ordinals: Int[Array, 'B'],
+    key: Array,
+    settings: Sampling,
+    *,
+    responses: int,
+  ) -> Responses:
+    run = sharding.over_batch(
+      lambda *arguments: rollout(*arguments, responses),
+      mesh,
+      (False, False, True, True, True, False, False),
+    )
+    tokens, attended, logp, members, ended = run(
+      params, player, prompts, prompt_attended, ordinals, key, settings
+    )
+    return Responses(
+      tokens=tokens,
+      attended=attended,
+      trained=attended,
+      ended=ended,
+      sampled_logp=logp,
+      members=members,
+      weights=jnp.full(tokens.shape[:2], 1 / responses, logp.dtype),
+      draws=jnp.asarray(responses, logp.dtype),
+      scores={},
+    )
+
+  return jax.jit(sample, static_argnames='responses')

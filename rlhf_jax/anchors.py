@@ -1,0 +1,63 @@
+"""Copies of the policy, and how each moves. An anchor is data; all move at the start of a round."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.types import Array, Params
+
+
+class Frozen(NamedTuple):
+  """Never moves: the reference."""
+
+
+class Every(NamedTuple):
+  """Becomes the policy at the start of every `rounds`-th round, the first included: π_t."""
+
+  rounds: int
+
+
+class Ema(NamedTuple):
+  """Becomes decay · anchor + (1 − decay) · policy, parameter by parameter, once a round."""
+
+  decay: float
+
+
+Anchor = Frozen | Every | Ema
+
+
+def start(anchors: Mapping[str, Anchor], policy: Params, reference: Params) -> dict[str, Params]:
+  """Every anchor's first value: the reference where it is frozen, else a copy of the policy."""
+
+  def copy(tree: Params) -> Params:  # the learner donates the policy's buffers
+    return jax.tree.map(jnp.copy, tree)
+
+  return {
+    name: copy(reference if isinstance(anchor, Frozen) else policy)
+    for name, anchor in anchors.items()
+  }
+
+
+def move(
+  anchors: Mapping[str, Anchor], values: Mapping[str, Params], policy: Params, round_: Array
+) -> dict[str, Params]:
+  """The anchors' values for this round, before anything is sampled."""
+
+  def moved(anchor: Anchor, value: Params) -> Params:
+    match anchor:
+      case Every(rounds):
+        due = round_ % rounds == 0
+        return jax.tree.map(lambda old, new: jnp.where(due, new, old), value, policy)
+      case Ema(decay):
+        return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, value, policy)
+      case _:
+        return value
+
+  return {name: moved(anchor, values[name]) for name, anchor in anchors.items()}
+
+
+def moving(anchors: Mapping[str, Anchor]) -> dict[str, Anchor]:
+  """The anchors that ever change, so that a round need not touch the others."""
+  return {name: a for name, a in anchors.items() if not isinstance(a, Frozen)}

@@ -1,0 +1,153 @@
+"""Sample, judge and score one batch of prompts: everything that is known before learning."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import actor, players, scoring
+from rlhf_jax.judges import links
+from rlhf_jax.judges.base import Judge
+from rlhf_jax.models.base import LanguageModel
+from rlhf_jax.objectives.base import Objective
+from rlhf_jax.types import Array, Experience, Metrics, Params, Prompts, Responses, Sampling
+
+
+class Judging(NamedTuple):
+  """Who judges, and how rewards become wins where the judge gives only rewards."""
+
+  judge: Judge
+  link: str = 'bradley_terry'  # or 'compare': 1, half, 0
+
+
+def check_judging(objective: Objective, judging: Judging) -> None:
+  """Refuse a judge that cannot give what the objective reads.
+
+  Raises:
+    ValueError: rewards are needed and the judge only compares, or the link is unknown.
+  """
+  if objective.opponent is None and judging.judge.rewards is None:
+    raise ValueError(
+      f'this objective needs rewards, and judge {judging.judge.name!r} only compares pairs: '
+      'give a pointwise judge, f(prompts, responses)'
+    )
+  if judging.link not in links.LINKS:
+    raise ValueError(f'judge.link must be one of {sorted(links.LINKS)}, got {judging.link!r}')
+
+
+def scorer(model: LanguageModel, objective: Objective) -> Callable[..., Responses]:
+  """The compiled scoring pass: `scores` under the policy and every anchor that targets reads.
+
+  The policy's outputs hold what the objective needs, and always the entropy and the exact KL.
+  """
+  needs = tuple({'logp', 'entropy', 'kl', *objective.needs})
+
+  def score(params, anchors, prompts, prompt_attended, own: Responses, temperature) -> Responses:
+    def outputs(tree: Params, needs: tuple[str, ...], reference: Params | None = None):
+      fields = own.tokens, own.attended, own.trained
+      return scoring.outputs(
+        model,
+        tree,
+        prompts,
+        prompt_attended,
+        *fields,
+        temperature=temperature,
+        needs=needs,
+        reference=reference,
+      )
+
+    scores = {n: outputs({'policy': anchors[n]}, ('logp',)) for n in objective.scored}
+    return own._replace(scores={'policy': outputs(params, needs, anchors['reference']), **scores})
+
+  return jax.jit(score)
+
+
+def judge_round(
+  judging: Judging, objective: Objective, prompts: Prompts, own: Responses, opponent: Responses
+) -> tuple[dict[str, Array], Array | None, Array | None]:
+  """Rewards {judge's name: f[B, K]}, wins f[B, K, M] and which comparisons were bought."""
+  judge = judging.judge
+  siblings = isinstance(objective.opponent, players.Siblings)
+  rewards = {} if judge.rewards is None else {judge.name: jnp.asarray(judge.rewards(prompts, own))}
+  if objective.opponent is None:
+    return rewards, None, None
+  if judge.wins is not None:
+    wins = jnp.asarray(judge.wins(prompts, own, None if siblings else opponent))
+  else:
+    assert judge.rewards is not None
+    theirs = rewards[judge.name] if siblings else jnp.asarray(judge.rewards(prompts, opponent))
+    wins = links.LINKS[judging.link](rewards[judge.name], theirs)
+  judged = jnp.ones(wins.shape, bool)
+  if siblings:  # nobody buys a comparison of a response with itself
+    judged = judged & ~jnp.eye(wins.shape[1], dtype=bool)
+  return rewards, wins, judged
+
+
+def rollout(
+  sample: Callable[..., Responses],
+  objective: Objective,
+  params: Mapping[str, Params],
+  anchors: Mapping[str, Params],
+  prompts: Prompts,
+  round_key: Array,
+  settings: Sampling,
+  *,
+  responses: int,
+  opponents: int,
+) -> tuple[Responses, Responses | None]:
+  """The rows and, where the objective has an opponent that writes, the columns."""
+  named = {'policy': params['policy'], **anchors}
+
+  def written(player: players.Player, role: str, count: int) -> Responses:
+    needed = {name: named[name] for name in players.members(player)}
+    return sample(
+      needed,
+      player,
+      prompts.tokens,
+      prompts.attended,
+      prompts.ordinals,
+      actor.role_key(round_key, role),
+      settings,
+      responses=count,
+    )
+
+  own = written(objective.behaviour, 'own', responses)
+  if objective.opponent is None:
+    return own, None
+  if isinstance(objective.opponent, players.Siblings):
+    return own, own
+  return own, written(objective.opponent, 'opponent', opponents)
+
+
+def statistics(experience: Experience) -> Metrics:
+  """What every round reports of its rows, whatever the objective. Weighted by `weights`."""
+  own = experience.own
+  policy = own.scores['policy']
+  assert policy.kl is not None and policy.entropy is not None
+  tokens = jnp.sum(own.trained, -1)
+  written = jnp.sum(tokens)
+  if experience.opponent is not None and not experience.opponent.scores:  # not the rows again
+    written = written + jnp.sum(experience.opponent.trained)
+  gaps = [
+    jnp.max(jnp.abs(own.members[n] - own.scores[n].logp)) for n in own.members if n in own.scores
+  ]
+
+  def mean(values: Array) -> Array:  # f[B, K] -> f[]
+    return jnp.mean(jnp.sum(own.weights * values, 1))
+
+  metrics = {
+    'policy/kl': mean(jnp.sum(policy.kl, -1)),
+    'policy/entropy': mean(jnp.sum(policy.entropy, -1)) / mean(tokens),
+    'rollout/length': mean(tokens),
+    'rollout/unfinished': mean(1.0 - own.ended),
+    'rollout/tokens': written,
+  }
+  if gaps:
+    metrics['rollout/logp_gap'] = jnp.max(jnp.stack(gaps))
+  if experience.rewards:
+    metrics['judge/reward'] = mean(sum(experience.rewards.values()))
+  if experience.wins is not None and experience.opponent is not None:
+    rate = jnp.sum(experience.wins * experience.opponent.weights[:, None, :], -1)
+    metrics['judge/opponent_win_rate'] = mean(rate)
+  return metrics

@@ -1,0 +1,89 @@
+"""Log-probabilities, entropy and KL of given tokens without ever holding all logits."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# Logits are made for as many positions at a time as keep a slice under this many numbers (64 MiB in
+# float32), so that memory does not grow with T·V.
+SLICE_ELEMENTS = 2**24
+
+
+def log_softmax(logits: Float[Array, '*lead V'], temperature: Array) -> Float[Array, '*lead V']:
+  """log softmax(logits / temperature), in float32 at least."""
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  return jax.nn.log_softmax(logits / temperature.astype(logits.dtype), -1)
+
+
+def mixture(
+  member_logp: Mapping[str, Float[Array, '*lead V']], weights: Mapping[str, Array]
+) -> Float[Array, '*lead V']:
+  """log π(v) = Σ_m w_m log π_m(v) + c. A member of weight 0 is left out, though it be −inf."""
+  total = jnp.zeros(())
+  for name, logp in member_logp.items():
+    weight = jnp.asarray(weights[name], logp.dtype)
+    weight = weight[..., None] if weight.ndim else weight
+    total = total + jnp.where(weight != 0, weight * logp, 0)
+  return jax.nn.log_softmax(total, -1)
+
+
+def entropy(logp: Float[Array, '*lead V']) -> Float[Array, '*lead']:
+  """−Σ p log p in nats. Tokens of probability 0 add nothing."""
+  p = jnp.exp(logp)
+  return -jnp.sum(jnp.where(p > 0, p * logp, 0), -1)
+
+
+def divergence(logp: Float[Array, '*lead V'], other: Float[Array, '*lead V']) -> Array:
+  """KL(p || q) = Σ p (log p − log q) in nats. Tokens of probability 0 under p add nothing."""
+  p = jnp.exp(logp)
+  return jnp.sum(jnp.where(p > 0, p * (logp - other), 0), -1)
+
+
+def token_statistics(
+  head: Callable[[Array], Array],
+  hidden: Float[Array, 'R T D'],
+  tokens: Int[Array, 'R T'],
+  *,
+  temperature: Array,
+  vocab_size: int,
+  entropies: bool = False,
+  reference: tuple[Callable[[Array], Array], Float[Array, 'R T D']] | None = None,
+  slice_elements: int = SLICE_ELEMENTS,
+) -> tuple[Array, Array | None, Array | None]:
+  """Per token: log π(token), and if asked the exact entropy and KL(π || reference) over V.
+
+  The head is applied to a few positions at a time and rematerialised in the backward pass.
+
+  Returns:
+    (f[R, T], f[R, T] or None, f[R, T] or None), all in nats.
+  """
+  rows, length, _ = hidden.shape
+  width = max(1, min(length, slice_elements // max(1, rows * vocab_size)))
+  slices = -(-length // width)
+
+  def sliced(values: Array) -> Array:  # [R, T, ...] -> [slices, R, width, ...]
+    padding = [(0, 0), (0, slices * width - length)] + [(0, 0)] * (values.ndim - 2)
+    values = jnp.pad(values, padding).reshape((rows, slices, width, *values.shape[2:]))
+    return jnp.moveaxis(values, 1, 0)
+
+  @jax.checkpoint
+  def one(part: tuple) -> tuple[Array, Array | None, Array | None]:
+    state, token, other = part
+    logp = log_softmax(head(state), temperature)
+    chosen = jnp.take_along_axis(logp, token[..., None], -1)[..., 0]
+    spread = entropy(logp) if entropies else None
+    if reference is None:
+      return chosen, spread, None
+    return chosen, spread, divergence(logp, log_softmax(reference[0](other), temperature))
+
+  parts = (sliced(hidden), sliced(tokens), None if reference is None else sliced(reference[1]))
+  found = one(jax.tree.map(lambda x: x[0], parts)) if slices == 1 else jax.lax.map(one, parts)
+
+  def joined(values: Array) -> Array:
+    if slices == 1:
+      return values[:, :length]
+    return jnp.moveaxis(values, 0, 1).reshape(rows, slices * width)[:, :length]
+
+  return jax.tree.map(joined, found)
