@@ -4,6 +4,7 @@ Every draw has a key of its own, folded from (run, round, role, prompt ordinal, 
 neither batching nor the number of devices changes it, and two roles never share their noise.
 """
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -114,7 +115,7 @@ def _uniforms(keys: Array, position: Array) -> Float[Array, 'B K']:
 
 
 class _Loop(NamedTuple):
-  index: Array  # tokens drawn so far
+  position: Array  # i32[]; tokens drawn so far
   done: Array  # bool[B, K]
   token: Array  # i32[B, K], the last one drawn
   tokens: Array  # i32[T, B, K]
@@ -134,7 +135,7 @@ def sampler(
     key, sampling, responses=K) -> Responses. B must divide over the mesh.
   """
 
-  def rollout(params, player, prompts, prompt_attended, ordinals, key, settings, responses):
+  def rollout(params, player, prompts, prompt_attended, ordinals, key, settings, *, responses):
     names = players.members(player)
     keys = jax.vmap(
       lambda n: jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(key, n), k))(
@@ -149,7 +150,7 @@ def sampler(
       """Draw the next token of every response that goes on, and write it down."""
       law = {n: logprobs.log_softmax(model.head(params[n], hidden[n]), temperature) for n in names}
       logp = truncated(logprobs.mixture(law, weights), settings.top_k, settings.top_p)
-      drawn = inverse_cdf(jnp.exp(logp), _uniforms(keys, loop.index))
+      drawn = inverse_cdf(jnp.exp(logp), _uniforms(keys, loop.position))
       token = jnp.where(greedy, jnp.argmax(logp, -1), drawn).astype(jnp.int32)
       live = ~loop.done
 
@@ -158,11 +159,11 @@ def sampler(
         return jnp.where(live, at, 0)
 
       def put(buffer: Array, value: Array) -> Array:
-        return jax.lax.dynamic_update_index_in_dim(buffer, value, loop.index, 0)
+        return jax.lax.dynamic_update_index_in_dim(buffer, value, loop.position, 0)
 
       ends = jnp.isin(token, jnp.asarray(end_tokens, jnp.int32)) if end_tokens else False
       return loop._replace(
-        index=loop.index + 1,
+        position=loop.position + 1,
         done=loop.done | ends,
         token=token,
         tokens=put(loop.tokens, jnp.where(live, token, 0)),
@@ -175,7 +176,7 @@ def sampler(
       hidden, caches = {}, {}
       for n in names:
         hidden[n], caches[n] = model.step(
-          params[n], loop.token, loop.index - 1, prefixes[n], loop.caches[n]
+          params[n], loop.token, loop.position - 1, prefixes[n], loop.caches[n]
         )
       return choose(hidden, loop._replace(caches=caches))
 
@@ -190,7 +191,7 @@ def sampler(
     loop = choose(
       states,
       _Loop(
-        index=jnp.int32(0),
+        position=jnp.int32(0),
         done=jnp.zeros(shape, bool),
         token=jnp.zeros(shape, jnp.int32),
         tokens=jnp.zeros((max_tokens, *shape), jnp.int32),
@@ -201,7 +202,7 @@ def sampler(
       ),
     )
     loop = jax.lax.while_loop(
-      lambda loop: (loop.index < jnp.minimum(settings.budget, max_tokens)) & ~jnp.all(loop.done),
+      lambda loop: (loop.position < jnp.minimum(settings.budget, max_tokens)) & ~jnp.all(loop.done),
       body,
       loop,
     )
@@ -220,7 +221,7 @@ def sampler(
     responses: int,
   ) -> Responses:
     run = sharding.over_batch(
-      lambda *arguments: rollout(*arguments, responses),
+      functools.partial(rollout, responses=responses),
       mesh,
       (False, False, True, True, True, False, False),
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -74,8 +75,9 @@ def rounds(directory: str | Path) -> list[int]:
 def restore(directory: str | Path, target: Any, *, partial: bool = False) -> Saved:
   """The newest undamaged save, in the structure, types and placement of `target`.
 
-  `target` is a tree of arrays or `jax.ShapeDtypeStruct`; with `partial` it may leave out parts of
-  what was saved. A damaged save makes it fall back to the one before, with a warning naming both.
+  `target` is a tree of arrays or `jax.ShapeDtypeStruct`; where it names no sharding, the default
+  device is meant, whichever device saved. With `partial` it may leave out parts. A damaged save
+  makes it fall back to the one before, with a warning naming both.
 
   Raises:
     ValueError: no finished save, none undamaged, or one that does not fit `target`.
@@ -99,6 +101,11 @@ def restore(directory: str | Path, target: Any, *, partial: bool = False) -> Sav
     found, expected = saved.get(name, 'absent'), wanted.get(name, 'absent')
     if found != expected:
       raise ValueError(f'checkpoint {folders[0]} does not fit: {name} is {found}, not {expected}')
+  here = jnp.zeros(()).sharding
+  target = jax.tree.map(
+    lambda leaf: leaf.update(sharding=here) if getattr(leaf, 'sharding', 0) is None else leaf,
+    target,
+  )
   context = ocp.Context()
   context.pytree.loading.partial_load = partial
   with ocp.training.Checkpointer(directory, context=context) as checkpointer:

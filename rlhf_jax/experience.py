@@ -64,7 +64,11 @@ def scorer(model: LanguageModel, objective: Objective) -> Callable[..., Response
 
 
 def judge_round(
-  judging: Judging, objective: Objective, prompts: Prompts, own: Responses, opponent: Responses
+  judging: Judging,
+  objective: Objective,
+  prompts: Prompts,
+  own: Responses,
+  opponent: Responses | None,
 ) -> tuple[dict[str, Array], Array | None, Array | None]:
   """Rewards {judge's name: f[B, K]}, wins f[B, K, M] and which comparisons were bought."""
   judge = judging.judge
@@ -75,7 +79,7 @@ def judge_round(
   if judge.wins is not None:
     wins = jnp.asarray(judge.wins(prompts, own, None if siblings else opponent))
   else:
-    assert judge.rewards is not None
+    assert judge.rewards is not None and opponent is not None
     theirs = rewards[judge.name] if siblings else jnp.asarray(judge.rewards(prompts, opponent))
     wins = links.LINKS[judging.link](rewards[judge.name], theirs)
   judged = jnp.ones(wins.shape, bool)
@@ -146,7 +150,7 @@ def statistics(experience: Experience) -> Metrics:
   if gaps:
     metrics['rollout/logp_gap'] = jnp.max(jnp.stack(gaps))
   if experience.rewards:
-    metrics['judge/reward'] = mean(sum(experience.rewards.values()))
+    metrics['judge/reward'] = mean(sum(experience.rewards.values(), jnp.zeros(())))
   if experience.wins is not None and experience.opponent is not None:
     rate = jnp.sum(experience.wins * experience.opponent.weights[:, None, :], -1)
     metrics['judge/opponent_win_rate'] = mean(rate)

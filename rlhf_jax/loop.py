@@ -85,7 +85,7 @@ def start(setup: Setup, key: Array, policy: Params, reference: Params) -> RunSta
   params = {'policy': jax.tree.map(jnp.copy, policy)}
   if 'value' in setup.objective.needs:
     dtype = jnp.result_type(*jax.tree.leaves(policy))
-    params['value'] = heads.init_value_head(key, setup.model.width, dtype)
+    params['value'] = heads.init_value_head(setup.model.width, dtype)
   return RunState(
     round=jnp.int32(0),
     key=jax.random.key_data(key),
@@ -114,11 +114,11 @@ def play(
   clock = Clock()
   round_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.round)
 
-  # 1 anchors -------------------------------------------------------------------------------------
+  # 1 anchors ------------------------------------------------------------------------------------
   moved = compiled.move(state.anchors, state.params['policy'], state.round)
   copies = {**state.anchors, **moved}
 
-  # 2 rollout -------------------------------------------------------------------------------------
+  # 2 rollout ------------------------------------------------------------------------------------
   own, opponent = experience.rollout(
     setup.sample,
     setup.objective,
@@ -132,7 +132,7 @@ def play(
   )
   clock.stop('rollout', own.tokens, None if opponent is None else opponent.tokens)
 
-  # 3 judgement, while the device scores ------------------------------------------------------------
+  # 3 judgement, while the device scores ---------------------------------------------------------
   scored = compiled.score(
     state.params, copies, prompts.tokens, prompts.attended, own, setup.settings.temperature
   )
@@ -150,10 +150,10 @@ def play(
     judged=judged,
   )
 
-  # 4 targets -------------------------------------------------------------------------------------
+  # 4 targets ------------------------------------------------------------------------------------
   objective_state, examples, metrics = compiled.targets(state.objective, gathered)
 
-  # 5 update --------------------------------------------------------------------------------------
+  # 5 update -------------------------------------------------------------------------------------
   params, opt_state, learned = compiled.update(
     state.params,
     state.optimizer,

@@ -4,20 +4,21 @@
 bytes, keys under `time/` aside: `same_but_time` compares them.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 import json
+import math
 import os
-from pathlib import Path
 import platform
 import re
 import shlex
 import subprocess
 import sys
 import time
-from typing import Any, NamedTuple
 import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -104,7 +105,7 @@ def open_metrics(
     sinks.append(_wandb(weights_and_biases, folder, mode, config))
   # A lone surrogate, which a byte-level tokenizer can produce, becomes its JSON escape.
   rows, samples = (
-    open(folder / name, 'a', encoding='utf-8', errors='backslashreplace', newline='\n')
+    open(folder / name, 'a', encoding='utf-8', errors='backslashreplace', newline='\n')  # noqa: SIM115
     for name in (METRICS, SAMPLES)
   )
   last, warned = -1 if resume_round is None else resume_round, set[str]()
@@ -115,8 +116,8 @@ def open_metrics(
       raise ValueError(f'round {round_} is not after round {last}, which is already written')
     fetched = jax.device_get(dict(values))
     numbers = {name: _number(name, fetched[name]) for name in sorted(fetched)}
-    odd = tuple(name for name, value in numbers.items() if not np.isfinite(value))
-    finite = {name: None if name in odd else value for name, value in numbers.items()}
+    finite = {name: _finite(value) for name, value in numbers.items()}
+    odd = tuple(name for name, value in finite.items() if value is None)
     rows.write(json.dumps({'round': round_, **finite}, allow_nan=False) + '\n')
     rows.flush()
     last = round_
@@ -129,8 +130,7 @@ def open_metrics(
 
   def write_samples(round_: int, drawn: Iterable[Mapping[str, Any]]) -> None:
     for sample in drawn:
-      plain = {k: v if isinstance(v, str) else _number(k, v) for k, v in sample.items()}
-      plain = {k: v if isinstance(v, str) or np.isfinite(v) else None for k, v in plain.items()}
+      plain = {k: v if isinstance(v, str) else _finite(_number(k, v)) for k, v in sample.items()}
       samples.write(json.dumps({'round': round_, **plain}, ensure_ascii=False) + '\n')
     samples.flush()
 
@@ -274,8 +274,8 @@ def redacted_command(command: Sequence[str]) -> str:
 
 
 def _tensorboard(package: Any, folder: Path, resume_round: int | None) -> _Sink:
-  # What an earlier process wrote of the rounds that are run again is hidden by TensorBoard.
-  purge = None if resume_round is None else resume_round + 1
+  # TensorBoard hides what an earlier process wrote of the rounds from here on.
+  purge = 0 if resume_round is None else resume_round + 1
   board = package.SummaryWriter(logdir=str(folder), purge_step=purge)
 
   def write(round_: int, values: dict[str, int | float]) -> None:
@@ -361,6 +361,10 @@ def _number(name: str, value: Any) -> int | float:
     return int(array)
   with np.errstate(over='ignore'):
     return float(array.astype(np.float32))
+
+
+def _finite(value: int | float) -> int | float | None:
+  return value if math.isfinite(value) else None
 
 
 def _headline(completed: int, total: int, figures: Mapping[str, Any], seconds: float) -> str:

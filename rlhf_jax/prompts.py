@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import grain
 import jax.numpy as jnp
-import numpy as np
 
+from rlhf_jax.tokens import pad_left
 from rlhf_jax.types import Prompts
 
 BUCKETS = tuple(2**n for n in range(4, 16))  # 16 to 32,768 tokens
@@ -129,7 +129,7 @@ def source(
     draws = range(number * batch, (number + 1) * batch)
     chosen = [int(order[draw]) for draw in draws]
     longest = max(len(encoded[i]) for i in chosen)
-    return _pad(rows, encoded, chosen, draws, _bucket(longest, buckets, limit))
+    return _padded(rows, encoded, chosen, draws, _bucket(longest, buckets, limit))
 
   return prompts
 
@@ -155,7 +155,7 @@ def fixed(
   encoded = _encode(rows, encode, limit, context, max_tokens)
   width = _bucket(max(map(len, encoded)), buckets, limit)
   cuts = [range(at, min(at + batch, len(rows))) for at in range(0, len(rows), batch)]
-  return [_pad(rows, encoded, cut, cut, width) for cut in cuts]
+  return [_padded(rows, encoded, cut, cut, width) for cut in cuts]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -171,7 +171,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _row(line: bytes, place: str) -> Row:
   try:
-    row = json.loads(line.decode('utf-8-sig'))
+    row = json.loads(line.decode('utf-8-sig').rstrip())
   except UnicodeDecodeError as error:
     raise ValueError(f'{place}: not UTF-8: {error.reason} at byte {error.start}') from error
   except json.JSONDecodeError as error:
@@ -210,10 +210,10 @@ def _encode(
   limit: int,
   context: int,
   max_tokens: int,
-) -> list[np.ndarray]:
+) -> list[Sequence[int]]:
   if not rows:
     raise ValueError('there are no prompts')
-  encoded = [np.asarray(encode(row.prompt), np.int32) for row in rows]
+  encoded = [encode(row.prompt) for row in rows]
   for row, tokens in zip(rows, encoded, strict=True):
     text = repr(row.prompt if len(row.prompt) <= 60 else row.prompt[:60] + '…')
     if len(tokens) == 0:
@@ -230,19 +230,14 @@ def _bucket(length: int, buckets: Sequence[int], limit: int) -> int:
   return min((b for b in sorted(buckets) if length <= b < limit), default=limit)
 
 
-def _pad(
+def _padded(
   rows: Sequence[Row],
-  encoded: Sequence[np.ndarray],
+  encoded: Sequence[Sequence[int]],
   chosen: Sequence[int],
   draws: Sequence[int],
   width: int,
 ) -> Prompts:
-  tokens = np.zeros((len(chosen), width), np.int32)
-  attended = np.zeros((len(chosen), width), bool)
-  for line, index in enumerate(chosen):
-    start = width - len(encoded[index])
-    tokens[line, start:] = encoded[index]
-    attended[line, start:] = True
+  tokens, attended = pad_left([encoded[index] for index in chosen], width)
   return Prompts(
     tokens=jnp.asarray(tokens),
     attended=jnp.asarray(attended),

@@ -1,0 +1,66 @@
+"""Flags -> config -> experiment. Intentionally kept short.
+
+Any failure is one line, the last of standard error, and a non-zero exit.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+
+def objective_name(argv: list[str], default: str) -> str:
+  """`--config.objective.name` as given: ml_collections fixes a config's keys before it parses."""
+  prefix = '--config.objective.name='
+  return next((a.removeprefix(prefix) for a in reversed(argv) if a.startswith(prefix)), default)
+
+
+def parse(config: ConfigDict, argv: list[str]) -> ConfigDict:
+  """The config with `--config.key=value` applied.
+
+  Raises:
+    ValueError: a key that the config lacks, with the nearest it has, or a value of another type.
+  """
+  known = [f'config.{key}' for key, _ in sorted(_leaves(config))]
+  for argument in argv:
+    name = argument.split('=')[0].lstrip('-')
+    if not argument.startswith('--') or name not in known:
+      near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+      raise ValueError(f'unknown flag {argument!r}: did you mean --{near}=...? (--help lists all)')
+  values = flags.FlagValues()
+  try:
+    config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=['', *argv])
+    values(['experiment', *argv])
+  except (flags.Error, TypeError, ValueError) as error:
+    raise ValueError(str(error)) from error
+  return config
+
+
+def launch(document: str, get_config: Callable[[list[str]], ConfigDict], run: Callable) -> None:
+  """Parse the command line and run; print the document and every key for `--help`."""
+  argv = sys.argv[1:]
+  try:
+    if '--help' in argv or '-h' in argv:
+      keys = sorted(_leaves(get_config([])))
+      print(document.strip(), '\n\nFlags, with their defaults:')
+      print('\n'.join(f'  --config.{key}={value}' for key, value in keys))
+      return
+    run(parse(get_config(argv), argv))
+  except KeyboardInterrupt:
+    sys.exit('interrupted')
+  except Exception as error:  # the contract: one clear line, whatever went wrong
+    if os.environ.get('RLHF_JAX_TRACEBACK'):
+      raise
+    line = f'{type(error).__name__}: {error}'.replace('\r', '\\r').replace('\n', '\\n')
+    sys.exit(f'error: {line}  (RLHF_JAX_TRACEBACK=1 shows where)')
+
+
+def _leaves(config: ConfigDict, prefix: str = ''):
+  for key, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from _leaves(value, f'{prefix}{key}.')
+    else:
+      yield f'{prefix}{key}', value

@@ -1,0 +1,186 @@
+"""A run: assemble, resume what the work directory holds, train, evaluate, save, report."""
+
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from experiments import assemble
+from rlhf_jax import actor, checkpoints, loop, metrics
+from rlhf_jax.evaluation import held_out, report
+from rlhf_jax.evaluation.held_out import HeldOut
+from rlhf_jax.judges import texts
+from rlhf_jax.types import Experience
+
+
+def run(config: ConfigDict) -> None:
+  """Train until `config.rounds`, from wherever the work directory stands.
+
+  Raises:
+    ValueError: something in the config does not fit; or the work directory holds another run.
+  """
+  # --- What is asked for, and what is there ------------------------------------------------------
+  workdir = Path(config.workdir)
+  _refuse_other_run(workdir, config)
+  parts = assemble.parts(config)
+  setup, saves = parts.setup, workdir / 'checkpoints'
+  state = loop.start(setup, jax.random.key(config.seed), parts.policy, parts.policy)
+  done = None
+  if checkpoints.rounds(saves):
+    done, state, _ = checkpoints.restore(saves, state)
+    if done >= config.rounds and (workdir / 'report.md').exists():
+      print(f'{workdir} is finished: {done} rounds. See {workdir / "report.md"}')
+      return
+  _describe(workdir, config, resumed=done is not None)
+
+  # --- The run -----------------------------------------------------------------------------------
+  evaluate = held_out.evaluator(
+    setup.model, setup.sample, setup.settings, setup.judging, parts.heldout
+  )
+  writer = metrics.open_metrics(
+    workdir,
+    tensorboard=config.logging.tensorboard,
+    wandb=config.logging.wandb,
+    config=config.to_dict(),
+    resume_round=None if done is None else done - 1,
+  )
+  progress = metrics.open_progress(config.rounds, done=done or 0)
+
+  def held(state: loop.RunState) -> HeldOut:
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.round)
+    return evaluate(state.params['policy'], state.anchors['reference'], key)
+
+  def after(round_: int, state: loop.RunState, figures: dict[str, float], seen: Experience) -> None:
+    del seen
+    last = round_ + 1 == config.rounds
+    if round_ % config.evaluate.every == 0 or last:
+      since = time.perf_counter()
+      found = held(state)
+      figures |= found.metrics() | {'time/evaluate': time.perf_counter() - since}
+      writer.write_samples(round_, _samples(found, parts, config.logging.samples))
+      best = {'policy': state.params['policy']}
+      checkpoints.save_best(saves, round_ + 1, best, found.metrics(), figure='evaluate/win_rate')
+    writer.write(round_, figures)
+    if (round_ + 1) % config.checkpoint.every == 0 or last:
+      checkpoints.save(saves, round_ + 1, state, {}, keep=config.checkpoint.keep)
+    progress.update(round_ + 1, figures)
+
+  try:
+    state = loop.run(setup, state, rounds=config.rounds, prompts=parts.stream, after=after)
+  finally:
+    progress.close()
+    writer.close()
+
+  # --- The report --------------------------------------------------------------------------------
+  found = held(state)
+  summary, notes = found.summary() | {'round': int(state.round)}, []
+  if config.evaluate.gap_prompts and setup.judging.judge.wins is not None:
+    gaps, note = _gaps(config, parts, state, found)
+    summary, notes = summary | gaps, [note]
+  page = report.write_report(
+    workdir,
+    summary,
+    objective=config.objective.name,
+    seed=config.seed,
+    command=_command(),
+    notes=notes,
+  )
+  print(report.summary_table(summary))
+  print(f'report: {page}')
+
+
+def _gaps(
+  config: ConfigDict, parts: assemble.Parts, state: loop.RunState, found: HeldOut
+) -> tuple[dict[str, Any], str]:
+  """Duality gaps on the first held-out prompts, and the sentence that says what they are."""
+  batch = parts.heldout[0]
+  devices = len(jax.devices())
+  count = max(devices, min(config.evaluate.gap_prompts, batch.tokens.shape[0]) // devices * devices)
+  few = jax.tree.map(lambda x: x[:count], batch._replace(texts=None))
+  tau = config.objective.get('kl_weight') or 0.1
+  samples = config.evaluate.gap_samples
+  key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.round)
+  gaps = held_out.gaps(
+    parts.setup.sample,
+    parts.setup.settings,
+    parts.setup.judging.judge,
+    parts.rival,
+    few._replace(texts=batch.texts[:count] if batch.texts else None),
+    state.params['policy'],
+    state.anchors['reference'],
+    actor.role_key(key, 'gap'),
+    tau=tau,
+    kl=found.kl[:count],
+    reference_samples=samples,
+    policy_samples=samples,
+  )
+  note = (
+    f'Duality gaps at KL weight {tau:g} on {count} held-out prompts, by the closed form from '
+    f'{samples} samples of the reference and {samples} of the policy each; no best response was '
+    'trained.'
+  )
+  if parts.rival is not None:
+    note += f' The reward beside the policy is {parts.rival.name}.'
+  return gaps, note
+
+
+def _samples(found: HeldOut, parts: assemble.Parts, count: int) -> list[dict[str, Any]]:
+  """The first held-out prompts with both responses, as `samples.jsonl` keeps them."""
+  rows: list[dict[str, Any]] = []
+  decode = texts.decoder(parts.tokenizer)
+  for prompts, policy, reference in found.responses:
+    for text, ours, theirs in zip(
+      prompts.texts or (), decode(prompts, policy), decode(prompts, reference), strict=True
+    ):
+      row: dict[str, Any] = {'prompt': text, 'response': ours[0], 'reference': theirs[0]}
+      row['win'] = float(found.wins[len(rows)])
+      if found.rewards is not None and found.reference_rewards is not None:
+        row['reward'] = float(found.rewards[len(rows)])
+        row['reference_reward'] = float(found.reference_rewards[len(rows)])
+      rows.append(row)
+      if len(rows) == count:
+        return rows
+  return rows
+
+
+def _refuse_other_run(workdir: Path, config: ConfigDict) -> None:
+  """A work directory goes on only with its own config; `rounds` and what is logged may change."""
+  path = workdir / 'config.json'
+  if not path.exists():
+    return
+  before, now = _flat(json.loads(path.read_text())), _flat(metrics.redacted(config.to_dict()))
+  free = ('rounds', 'logging.', 'checkpoint.', 'workdir')
+  other = [k for k in {**before, **now} if before.get(k) != now.get(k) and not k.startswith(free)]
+  if other:
+    found = ', '.join(f'{k} {before.get(k)!r} there and {now.get(k)!r} here' for k in sorted(other))
+    raise ValueError(f'{workdir} holds a run with another config ({found}): give another workdir')
+
+
+def _describe(workdir: Path, config: ConfigDict, *, resumed: bool) -> None:
+  """config.json and manifest.json; a resume under other versions or cores warns."""
+  manifest = metrics.manifest(seeds={'run': config.seed}, command=_command())
+  if resumed and (workdir / 'manifest.json').exists():
+    before = json.loads((workdir / 'manifest.json').read_text())
+    for change in metrics.changed_since(before, manifest):
+      warnings.warn(f'resumed under another {change}: figures may differ in bits', stacklevel=2)
+  workdir.mkdir(parents=True, exist_ok=True)
+  metrics.write_config(workdir, config.to_dict())
+  metrics.write_manifest(workdir, manifest)
+
+
+def _command() -> list[str]:
+  module = Path(sys.argv[0]).stem
+  return ['python', '-m', f'experiments.{module}', *sys.argv[1:]]
+
+
+def _flat(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  flat: dict[str, Any] = {}
+  for key, value in tree.items():
+    name = f'{prefix}{key}'
+    flat |= _flat(value, f'{name}.') if isinstance(value, dict) else {name: value}
+  return flat

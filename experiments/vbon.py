@@ -1,0 +1,19 @@
+"""vBoN (Amini 2024, arXiv 2407.06057) on the embedded task of short reviews.
+
+python -m experiments.vbon
+"""
+
+from experiments import fragments, train
+from experiments.launch import launch
+
+
+def get_config(argv: list[str]):
+  del argv
+  config = fragments.experiment('vbon', judge=fragments.GOLD, best_of=4, form='exact')
+  config.opponents = 16  # reference responses behind each quantile
+  config.judge.link = 'compare'
+  return config
+
+
+if __name__ == '__main__':
+  launch(__doc__, get_config, train.run)
