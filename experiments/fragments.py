@@ -32,6 +32,7 @@ def experiment(name: str, *, judge: str, **objective) -> ConfigDict:
   config.evaluate = ConfigDict()
   config.evaluate.every = 20  # rounds; also the first and the last
   config.evaluate.prompts = '128'  # held-out prompts: so many split off by hash, or a JSONL file
+  config.evaluate.responses = 4  # of each side to every held-out prompt
   config.evaluate.gap_prompts = 16  # held-out prompts of the duality gap at the end; 0 for none
   config.evaluate.gap_samples = 64  # reference samples per prompt behind it
   config.checkpoint = ConfigDict({'every': 20, 'keep': 2})  # rounds, checkpoints

@@ -40,7 +40,12 @@ def run(config: ConfigDict) -> None:
 
   # --- The run -----------------------------------------------------------------------------------
   evaluate = held_out.evaluator(
-    setup.model, setup.sample, setup.settings, setup.judging, parts.heldout
+    setup.model,
+    setup.sample,
+    setup.settings,
+    setup.judging,
+    parts.heldout,
+    responses=config.evaluate.responses,
   )
   writer = metrics.open_metrics(
     workdir,
@@ -138,10 +143,10 @@ def _samples(found: HeldOut, parts: assemble.Parts, count: int) -> list[dict[str
       prompts.texts or (), decode(prompts, policy), decode(prompts, reference), strict=True
     ):
       row: dict[str, Any] = {'prompt': text, 'response': ours[0], 'reference': theirs[0]}
-      row['win'] = float(found.wins[len(rows)])
+      row['win'] = float(found.wins[len(rows), 0, 0])
       if found.rewards is not None and found.reference_rewards is not None:
-        row['reward'] = float(found.rewards[len(rows)])
-        row['reference_reward'] = float(found.reference_rewards[len(rows)])
+        row['reward'] = float(found.rewards[len(rows), 0])
+        row['reference_reward'] = float(found.reference_rewards[len(rows), 0])
       rows.append(row)
       if len(rows) == count:
         return rows

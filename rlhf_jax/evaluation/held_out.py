@@ -19,13 +19,13 @@ from rlhf_jax.types import Array, Params, Prompts, Responses, Sampling
 
 
 class HeldOut(NamedTuple):
-  """One evaluation; the arrays have one entry a prompt, in the prompts' order."""
+  """One evaluation: K responses of each side to each of B prompts, means over them where f[B]."""
 
-  wins: np.ndarray  # P(the policy's response beats the reference's), ties half
-  rewards: np.ndarray | None  # raw scores of the policy's responses
-  reference_rewards: np.ndarray | None
-  kl: np.ndarray  # Σ_n KL(π(·|y_<n) || μ(·|y_<n)), exact over V at each token; nats a response
-  lengths: np.ndarray  # tokens
+  wins: np.ndarray  # f[B, K, K], P(the policy's response beats the reference's), ties half
+  rewards: np.ndarray | None  # f[B, K], raw scores of the policy's responses
+  reference_rewards: np.ndarray | None  # f[B, K]
+  kl: np.ndarray  # f[B], Σ_n KL(π(·|y_<n) || μ(·|y_<n)), exact over V at each token; nats
+  lengths: np.ndarray  # f[B], tokens
   responses: list[tuple[Prompts, Responses, Responses]]  # batch by batch: policy's, reference's
 
   def metrics(self) -> dict[str, float]:
@@ -50,8 +50,8 @@ class HeldOut(NamedTuple):
       'prompts': rate.prompts,
     }
     if self.rewards is not None and self.reference_rewards is not None:
-      figures['reward'] = mean_with_error(self.rewards)
-      figures['reference_reward'] = mean_with_error(self.reference_rewards)
+      figures['reward'] = mean_with_error(self.rewards.mean(1))
+      figures['reference_reward'] = mean_with_error(self.reference_rewards.mean(1))
     return figures
 
 
@@ -61,8 +61,10 @@ def evaluator(
   settings: Sampling,
   judging: Judging,
   batches: list[Prompts],
+  *,
+  responses: int,
 ) -> Callable[[Params, Params, Array], HeldOut]:
-  """evaluate(policy, reference, key) -> HeldOut: one response each to every prompt of `batches`.
+  """evaluate(policy, reference, key) -> HeldOut: `responses` of each side to every prompt of `batches`.
 
   A pointwise judge compares by its scores, 1, half or 0, whatever the training link.
   """
@@ -82,7 +84,7 @@ def evaluator(
       reference=reference,
     )
     assert outputs.kl is not None
-    return jnp.sum(outputs.kl, (1, 2))
+    return jnp.mean(jnp.sum(outputs.kl, -1), 1)
 
   def evaluate(policy: Params, reference: Params, key: Array) -> HeldOut:
     parts = []
@@ -94,12 +96,12 @@ def evaluator(
       ):
         role_key = actor.role_key(key, role)
         arguments = prompts.tokens, prompts.attended, prompts.ordinals, role_key, settings
-        drawn.append(sample(params, player, *arguments, responses=1))
+        drawn.append(sample(params, player, *arguments, responses=responses))
       kl = exact_kl(policy, reference, prompts.tokens, prompts.attended, drawn[0])
       parts.append((prompts, *drawn, kl, *_judged(judging.judge, prompts, *drawn)))
 
     def joined(column: int) -> np.ndarray:
-      return np.concatenate([np.asarray(part[column]).reshape(-1) for part in parts])
+      return np.concatenate([np.asarray(part[column]) for part in parts])
 
     scored = judging.judge.rewards is not None
     return HeldOut(
@@ -107,7 +109,7 @@ def evaluator(
       rewards=joined(5) if scored else None,
       reference_rewards=joined(6) if scored else None,
       kl=joined(3),
-      lengths=np.concatenate([np.asarray(p[1].trained.sum((1, 2))) for p in parts]),
+      lengths=np.concatenate([np.asarray(p[1].trained.sum(-1).mean(-1)) for p in parts]),
       responses=[part[:3] for part in parts],
     )
 
@@ -119,10 +121,7 @@ def _judged(judge: Judge, prompts: Prompts, own: Responses, other: Responses) ->
   if judge.rewards is None:
     assert judge.wins is not None
     return judge.wins(prompts, own, other), None, None
-  ours, theirs = (
-    jnp.asarray(judge.rewards(prompts, own)),
-    jnp.asarray(judge.rewards(prompts, other)),
-  )
+  ours, theirs = (jnp.asarray(judge.rewards(prompts, side)) for side in (own, other))
   wins = links.compare(ours, theirs) if judge.wins is None else judge.wins(prompts, own, other)
   return wins, ours, theirs
 

@@ -1,0 +1,277 @@
+"""The decoder against itself: padding, caching, sharing, masks, precision."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+import pytest
+
+from rlhf_jax.models import decoder as decoders
+
+STRETCHED = decoders.tiny(
+  19,
+  heads=6,
+  kv_heads=2,
+  head_dim=8,
+  qkv_bias=True,
+  output_bias=True,
+  mlp_bias=True,
+  tied=False,
+  rope_theta=100.0,
+  rope_scaling=decoders.RopeScaling(4.0, 1.0, 4.0, 32),
+)
+CONFIGS = {'tiny': decoders.tiny(19), 'stretched': STRETCHED}
+
+
+@functools.cache
+def built(name, dtype=jnp.float32):
+  """A compiled model and parameters large enough for peaked, position-dependent answers."""
+  model = decoders.decoder(CONFIGS[name], dtype)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  compiled = {part: jax.jit(getattr(model, part)) for part in ('hidden', 'head', 'prefill', 'step')}
+  model = model._replace(**compiled)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda leaf: (0.4 * rng.normal(size=leaf.shape)).astype(leaf.dtype), shapes)
+  return model, params
+
+
+def prompts(rng, lengths, width):
+  tokens = rng.integers(0, 19, size=(len(lengths), width)).astype(np.int32)
+  attended = np.arange(width)[None] >= width - np.array(lengths)[:, None]
+  return tokens, attended
+
+
+def decode(model, params, tokens, attended, responses):
+  """Logits f[B, K, T, V] before each given response token, the cached way."""
+  state, prefix = model.prefill(params, tokens, attended)
+  _, count, length = responses.shape
+  cache = model.start(prefix, count, length)
+  states = [np.repeat(state[:, None], count, axis=1)]
+  for index in range(length - 1):
+    state, cache = model.step(params, responses[:, :, index], index, prefix, cache)
+    states.append(np.asarray(state))
+  return np.asarray(model.head(params, np.stack(states, axis=2)))
+
+
+def whole(model, params, tokens, attended, responses):
+  """The same logits from one full forward of every row."""
+  rows, count, length = responses.shape
+  together = np.concatenate([np.repeat(tokens[:, None], count, 1), responses], axis=2)
+  mask = np.concatenate(
+    [np.repeat(attended[:, None], count, 1), np.ones_like(responses, bool)], axis=2
+  )
+  flat = together.reshape(rows * count, -1), mask.reshape(rows * count, -1)
+  hidden = np.asarray(model.hidden(params, *flat))[:, tokens.shape[1] - 1 : -1]
+  return np.asarray(model.head(params, hidden.reshape(rows, count, length, -1)))
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_cached_decoding_equals_the_full_forward(name):
+  model, params = built(name)
+  rng = np.random.default_rng(1)
+  tokens, attended = prompts(rng, [6, 3, 1], 6)
+  responses = rng.integers(0, 19, size=(3, 4, 7)).astype(np.int32)
+  cached = decode(model, params, tokens, attended, responses)
+  full = whole(model, params, tokens, attended, responses)
+  assert np.abs(full).max() > 1  # peaked enough for a fault to show
+  np.testing.assert_allclose(cached, full, atol=1e-5 * np.abs(full).max())
+  sampler, learner = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (cached, full))
+  assert np.abs(sampler - learner).max() < 1e-4
+
+
+def test_float64_is_kept_throughout():
+  # In float64 the two ways agree to rounding, 1e-12, which nothing narrower on the way allows.
+  with jax.enable_x64(True):
+    model, params = built('stretched', jnp.float64)
+    rng = np.random.default_rng(2)
+    tokens, attended = prompts(rng, [4, 2], 4)
+    responses = rng.integers(0, 19, size=(2, 2, 5)).astype(np.int32)
+    cached = decode(model, params, tokens, attended, responses)
+    full = whole(model, params, tokens, attended, responses)
+    assert full.dtype == cached.dtype == np.float64
+    np.testing.assert_allclose(cached, full, atol=1e-12 * np.abs(full).max())
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_responses_of_one_prompt_share_it_and_nothing_else(name):
+  # K responses to one prompt are K rows of one response each, with the prompt repeated.
+  model, params = built(name)
+  rng = np.random.default_rng(3)
+  tokens, attended = prompts(rng, [6, 3, 1], 6)
+  responses = rng.integers(0, 19, size=(3, 4, 3)).astype(np.int32)
+  shared = decode(model, params, tokens, attended, responses)
+  repeated = np.repeat(tokens, 4, axis=0), np.repeat(attended, 4, axis=0)
+  apart = decode(model, params, *repeated, responses.reshape(12, 1, 3))
+  np.testing.assert_allclose(shared.reshape(12, 1, 3, -1), apart, atol=1e-5)
+  prefix = model.prefill(params, tokens, attended)[1]
+  assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(prefix))  # B, not B·K
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_padding_changes_nothing(name):
+  # Fault 1: without position ids from the mask, three pads on the left move every log-prob.
+  model, params = built(name)
+  rng = np.random.default_rng(4)
+  row = rng.integers(0, 19, size=(3, 5)).astype(np.int32)
+  alone = np.asarray(model.hidden(params, row, np.ones((3, 5), bool)))
+  for pad in (0, 7):
+    tokens, attended = np.full((3, 10), pad, np.int32), np.zeros((3, 10), bool)
+    tokens[:, 3:8], attended[:, 3:8] = row, True
+    padded = np.asarray(model.hidden(params, tokens, attended))
+    np.testing.assert_allclose(padded[:, 3:8], alone, atol=1e-5)
+    assert np.isfinite(padded).all()  # also where a padded query may see nothing
+    state, prefix = model.prefill(params, tokens[:, :8], attended[:, :8])
+    np.testing.assert_allclose(state, alone[:, -1], atol=1e-5)
+    np.testing.assert_array_equal(prefix.lengths, [5, 5, 5])
+
+
+def test_padding_is_told_by_the_mask_and_not_by_the_token():
+  # Fault 4: where pad and end are one id, an attended one is text and an unattended one is not.
+  model, params = built('tiny')
+  tokens = np.array([[7, 0, 3, 0]], np.int32)
+  attended = np.array([[True, True, True, True]])
+  masked = np.array([[True, False, True, True]])
+  changed = tokens.copy()
+  changed[0, 1] = 11
+
+  def last(*row):
+    return np.asarray(model.hidden(params, *row))[0, 3]
+
+  assert np.abs(last(tokens, attended) - last(changed, attended)).max() > 1e-2
+  np.testing.assert_array_equal(last(tokens, masked), last(changed, masked))
+
+
+def test_a_row_with_nothing_attended_is_finite_and_so_is_its_gradient():
+  model, params = built('stretched')
+  tokens, attended = np.zeros((2, 4), np.int32), np.array([[False] * 4, [False, True, True, True]])
+
+  def total(params):
+    hidden = model.hidden(params, tokens, attended)
+    return jnp.sum(model.head(params, hidden) * attended[..., None])
+
+  value, gradient = jax.jit(jax.value_and_grad(total))(params)
+  assert np.isfinite(value)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_a_state_depends_on_no_later_token():
+  model, params = built('tiny')
+  rng = np.random.default_rng(5)
+  tokens = rng.integers(0, 19, size=(1, 6)).astype(np.int32)
+  other = tokens.copy()
+  other[0, 4:] = (other[0, 4:] + 1) % 19
+  attended = np.ones((1, 6), bool)
+  first, second = (np.asarray(model.hidden(params, row, attended)) for row in (tokens, other))
+  np.testing.assert_array_equal(first[:, :4], second[:, :4])
+  assert np.abs(first[:, 4:] - second[:, 4:]).max() > 1e-2
+
+
+def test_attention_by_hand():
+  # One head of width 1: q = 2, keys (0, log 2 / 2), so q k / √1 = (0, log 2) and the weights are
+  # (1/3, 2/3); values (3, 6) give 5. The third key is masked. Split over two sources it is the
+  # same softmax; with every key masked it is the plain average.
+  keys = np.array([0, np.log(2) / 2, 9], np.float32).reshape(1, 1, 3, 1)
+  values = np.array([3, 6, 100], np.float32).reshape(1, 1, 3, 1)
+  query = np.full((1, 1, 1, 1, 1), 2, np.float32)
+  seen = np.array([True, True, False])
+  one = decoders.attention(query, [decoders.Source(keys, values, seen)])
+  own = (keys[:, :, None, 1:], values[:, :, None, 1:], seen[1:])
+  two = decoders.attention(
+    query, [decoders.Source(keys[:, :, :1], values[:, :, :1], seen[:1]), decoders.Source(*own)]
+  )
+  none = decoders.attention(query, [decoders.Source(keys, values, np.zeros(3, bool))])
+  np.testing.assert_allclose([one.item(), two.item(), none.item()], [5, 5, 109 / 3], rtol=1e-6)
+
+
+def test_the_gradient_of_attention_is_that_of_a_softmax():
+  # The shift by the largest score carries no gradient; central differences in float64 agree.
+  with jax.enable_x64(True):
+    rng = np.random.default_rng(7)
+    query, key, value = rng.normal(size=(1, 1, 2, 3, 4)), *rng.normal(size=(2, 1, 1, 5, 4))
+    own = rng.normal(size=(2, 1, 1, 2, 3, 4))
+    seen = np.array([False, True, True, False, True])
+
+    def mixed(query, key, value, own):
+      sources = [decoders.Source(key, value, seen), decoders.Source(*own, np.ones(3, bool))]
+      return decoders.attention(query, sources)
+
+    jax.test_util.check_grads(jax.jit(mixed), (query, key, value, own), order=1, modes=['rev'])
+
+
+def test_rotation_by_hand():
+  # A pair (1, 0) turned by 90 degrees is (0, 1); the pairs are (x_0, x_2) and (x_1, x_3).
+  x = np.array([[[1, 5, 0, 0]]], np.float32)
+  turned = decoders.rotate(x, np.array([[np.pi / 2, 0]], np.float32))
+  np.testing.assert_allclose(turned, [[[0, 5, 1, 0]]], atol=1e-6)
+
+
+def test_rope_frequencies_by_hand():
+  # θ = 16, E = 4: ω = 16^0, 16^{-1/2} = 1, 1/4.
+  config = decoders.tiny(5, rope_theta=16.0)
+  np.testing.assert_allclose(decoders.rope_frequencies(config), [1, 0.25])
+  # Turns within C = 6π: 6π·1/2π = 3 and 3/4. Between low = 1 and high = 5, the first keeps
+  # (3 - 1)/(5 - 1) = 1/2 of itself and 1/2 of a tenth: 0.55. The second is below low: a tenth.
+  scaling = decoders.RopeScaling(10.0, 1.0, 5.0, 6 * np.pi)
+  stretched = dataclasses.replace(config, rope_scaling=scaling)
+  np.testing.assert_allclose(decoders.rope_frequencies(stretched), [0.55, 0.025])
+
+
+def test_initial_model_has_the_tree_and_a_nearly_flat_law():
+  model = decoders.decoder(STRETCHED)
+  params = jax.jit(model.init)(jax.random.key(0))
+  assert set(params) == {'embedding', 'head', 'layers_0', 'layers_1', 'norm'}
+  assert params['layers_0']['key']['kernel'].shape == (16, 16)  # [D, H·E]
+  assert 'head' not in built('tiny')[1]
+  compiled = built('stretched')[0]
+  tokens = np.arange(6, dtype=np.int32)[None]
+  logits = compiled.head(params, compiled.hidden(params, tokens, np.ones((1, 6), bool)))
+  law = np.exp(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
+  np.testing.assert_allclose(-np.sum(law * np.log(law), axis=-1), np.log(19), atol=0.02)
+
+
+def test_bfloat16_computes_narrow_and_answers_wide():
+  model, params = built('tiny')
+  narrow, _ = built('tiny', jnp.bfloat16)
+  tokens, attended = np.arange(6, dtype=np.int32)[None], np.ones((1, 6), bool)
+  hidden = narrow.hidden(params, tokens, attended)
+  logits = narrow.head(params, hidden)
+  assert hidden.dtype == jnp.bfloat16
+  assert logits.dtype == jnp.float32
+  exact = np.asarray(model.head(params, model.hidden(params, tokens, attended)))
+  assert 1e-5 < np.abs(logits - exact).max() / np.abs(exact).max() < 0.05
+
+
+def test_the_token_loop_writes_its_cache_in_place():
+  # A copy of the cache for each token would make decoding quadratic in memory traffic.
+  model, params = built('tiny')
+  rng = np.random.default_rng(6)
+  tokens, attended = prompts(rng, [3, 2], 3)
+
+  def loop(params, tokens, attended):
+    state, prefix = model.prefill(params, tokens, attended)
+    carry = jnp.int32(0), jnp.zeros((2, 5), jnp.int32), model.start(prefix, 5, 11)
+
+    def body(carry):
+      index, token, cache = carry
+      state, cache = model.step(params, token, index, prefix, cache)
+      return index + 1, jnp.argmax(model.head(params, state), axis=-1).astype(jnp.int32), cache
+
+    return state, jax.lax.while_loop(lambda carry: carry[0] < 11, body, carry)[1]
+
+  text = jax.jit(loop).lower(params, tokens, attended).compile().as_text()
+  name = re.search(r'while\(.*body=%?([\w.]+)', text).group(1)
+  body = re.search(rf'^%?{re.escape(name)} .*?^}}', text, re.DOTALL | re.MULTILINE).group(0)
+  made = re.findall(r'= f32\[2,2,5,11,4\]\S* ([\w-]+)\(', body)  # [B, H, K, T, E]
+  assert made
+  assert not {'copy', 'transpose', 'broadcast', 'concatenate'} & set(made)
+
+
+def test_wrong_configs_are_refused():
+  with pytest.raises(ValueError, match='multiple of the key-value heads, got 4 and 3'):
+    decoders.tiny(5, kv_heads=3)
+  with pytest.raises(ValueError, match='even head_dim, got 5'):
+    decoders.tiny(5, head_dim=5)
