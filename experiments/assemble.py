@@ -1,6 +1,7 @@
 """From a config to the parts of a run, cheapest first: what is wrong is said before compiling."""
 
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -131,7 +132,7 @@ def parts(config: ConfigDict) -> Parts:
   )
   training, heldout = _rows(config)
 
-  directory = Path(config.policy.checkpoint or reference.reference())
+  directory = Path(config.policy.checkpoint or reference.reference(progress=_say))
   model, policy, _ = huggingface.read_model(directory)
   tokenizer = tokens.read_tokenizer(directory)
   tokens.check_fits(tokenizer, model.vocab_size)
@@ -190,6 +191,10 @@ def _rows(config: ConfigDict) -> tuple[list[prompts.Row], list[prompts.Row]]:
     return rows, prompts.read(wanted)
   training, heldout = prompts.split(rows, int(wanted))
   return training, heldout or training
+
+
+def _say(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
 
 
 def _whole(count: int, devices: int) -> int:

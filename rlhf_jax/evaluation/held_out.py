@@ -64,7 +64,7 @@ def evaluator(
   *,
   responses: int,
 ) -> Callable[[Params, Params, Array], HeldOut]:
-  """evaluate(policy, reference, key) -> HeldOut: `responses` of each side to every prompt of `batches`.
+  """evaluate(policy, reference, key) -> HeldOut: `responses` of each side to every prompt.
 
   A pointwise judge compares by its scores, 1, half or 0, whatever the training link.
   """
