@@ -9,7 +9,7 @@ from typing import NamedTuple
 import optax
 from ml_collections import ConfigDict
 
-from experiments.fragments import BRADLEY_TERRY, RATERS
+from experiments.fragments import BRADLEY_TERRY, EMBEDDED, RATERS
 from rlhf_jax import actor, learner, loop, prompts, sharding, tokens
 from rlhf_jax.experience import Judging
 from rlhf_jax.judges import programmatic, reward_model, texts
@@ -18,6 +18,8 @@ from rlhf_jax.models import huggingface
 from rlhf_jax.objectives import OBJECTIVES, Objective
 from rlhf_jax.reviews import grammar, reference
 from rlhf_jax.types import Params, Prompts, Sampling
+
+EVALUATED = 256  # most held-out prompts answered in one batch
 
 
 class Parts(NamedTuple):
@@ -43,8 +45,12 @@ def objective(config: ConfigDict) -> Objective:
   if name not in OBJECTIVES:
     raise ValueError(f'objective.name must be one of {sorted(OBJECTIVES)}, got {name!r}')
   accepted = inspect.signature(OBJECTIVES[name]).parameters
-  if wrong := sorted(set(values) - set(accepted)):
-    raise ValueError(f'objective {name} has no {wrong}; it has {sorted(accepted)}')
+  needed = {key for key, parameter in accepted.items() if parameter.default is parameter.empty}
+  if not needed <= set(values) <= set(accepted):
+    raise ValueError(
+      f'objective {name} takes {sorted(accepted)}; this config has {sorted(values)}: '
+      f'run the experiment made for {name}'
+    )
   return OBJECTIVES[name](**values)
 
 
@@ -98,12 +104,42 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
   )
 
 
+def check_counts(config: ConfigDict) -> None:
+  """Refuse a count that would stop the run only once it is used.
+
+  Raises:
+    ValueError: one is below its least value.
+  """
+  least = {
+    'rounds': 1,
+    'evaluate.every': 1,
+    'evaluate.responses': 1,
+    'evaluate.gap_prompts': 0,
+    'evaluate.gap_samples': 1,
+    'checkpoint.every': 1,
+    'checkpoint.keep': 1,
+    'logging.samples': 0,
+    'optimizer.warmup': 0,
+  }
+  for name, value in least.items():
+    head, _, key = name.rpartition('.')
+    found = config[head][key] if head else config[key]
+    if found < value:
+      raise ValueError(f'{name} must be at least {value}, got {found}')
+
+
+def say(line: str) -> None:
+  """A line of progress on standard error; standard output carries results."""
+  print(line, file=sys.stderr, flush=True)
+
+
 def parts(config: ConfigDict) -> Parts:
   """Everything, checked in the order of what costs least.
 
   Raises:
     ValueError: see each part; nothing has been compiled or written.
   """
+  check_counts(config)
   chosen, settings, spending = objective(config), sampling(config), schedule(config)
   optimiser, mesh = optimizer(config), sharding.data_mesh()
   if config.batch < 1 or config.batch % mesh.size:
@@ -131,6 +167,8 @@ def parts(config: ConfigDict) -> Parts:
     )
   )
   training, heldout = _rows(config)
+  if function is not None and config.judge.function in EMBEDDED:
+    _check_embedded(config.judge.function, training + heldout)
 
   directory = Path(config.policy.checkpoint or reference.reference(progress=_say))
   model, policy, _ = huggingface.read_model(directory)
@@ -140,8 +178,9 @@ def parts(config: ConfigDict) -> Parts:
   stream = prompts.source(
     training, tokenizer.encode, seed=config.seed, batch=config.batch, **limits
   )
+  heldout = heldout[: _whole(len(heldout), mesh.size)]
   batches = prompts.fixed(
-    heldout, tokenizer.encode, batch=_whole(len(heldout), mesh.size), **limits
+    heldout, tokenizer.encode, batch=_whole(min(len(heldout), EVALUATED), mesh.size), **limits
   )
 
   decode = texts.decoder(tokenizer)
@@ -197,8 +236,19 @@ def _say(line: str) -> None:
   print(line, file=sys.stderr, flush=True)
 
 
+def _check_embedded(judge: str, rows: list[prompts.Row]) -> None:
+  """Refuse prompts of one's own under a judge that knows the embedded ones alone."""
+  known = set(grammar.prompts())
+  for row in rows:
+    if row.prompt not in known:
+      raise ValueError(
+        f'{row.place}: judge {judge} knows the prompts of the embedded task alone; give '
+        '--config.judge.function=FILE.py:NAME or --config.judge.checkpoint=DIR with your own'
+      )
+
+
 def _whole(count: int, devices: int) -> int:
-  """The largest batch of held-out prompts that divides over the devices."""
+  """The most of `count` held-out prompts that divide over the devices."""
   if count < devices:
     raise ValueError(f'{count} held-out prompts cannot be divided over {devices} devices')
   return count - count % devices

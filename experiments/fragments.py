@@ -6,6 +6,7 @@ from ml_collections.config_dict import placeholder
 GOLD = 'rlhf_jax.reviews:gold'  # pointwise
 RATERS = 'rlhf_jax.reviews:raters'  # pairwise: a cyclic population
 BRADLEY_TERRY = 'rlhf_jax.reviews:bradley_terry'  # pointwise: the raters' best fit by one number
+EMBEDDED = (GOLD, RATERS, BRADLEY_TERRY)  # what they judge: the embedded task's prompts alone
 
 
 def experiment(name: str, *, judge: str, **objective) -> ConfigDict:

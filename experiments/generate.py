@@ -3,8 +3,9 @@
   python -m experiments.generate --config.run=runs/nash_md
   python -m experiments.generate --config.policy.checkpoint=DIR --config.prompt="Once upon a time"
 
-From a run comes its best checkpoint by held-out win rate; `--config.best=false` takes the newest.
-Prints one block per prompt, or JSON lines with `--config.json=true`.
+Without either, the reference of the embedded task answers. Of a run it is the best checkpoint by
+held-out win rate; `--config.best=false` takes the newest. Prints one block per prompt, or JSON
+lines with `--config.json=true`.
 """
 
 import json
@@ -14,6 +15,7 @@ import jax
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from experiments import assemble
 from experiments.launch import launch
 from rlhf_jax import actor, checkpoints, players, prompts, sharding, tokens
 from rlhf_jax.judges import texts
@@ -60,7 +62,7 @@ def run(config: ConfigDict) -> None:
   else:
     rows = prompts.from_texts(grammar.prompts(), 'reviews')[: config.count]
   directory = config.policy.checkpoint or (trained and trained['policy']['checkpoint'])
-  directory = Path(directory or reference.reference(progress=print))
+  directory = Path(directory or reference.reference(progress=assemble.say))
   model, params, _ = huggingface.read_model(directory)
   tokenizer = tokens.read_tokenizer(directory)
   tokens.check_fits(tokenizer, model.vocab_size)

@@ -22,20 +22,20 @@ def parse(config: ConfigDict, argv: list[str]) -> ConfigDict:
   """The config with `--config.key=value` applied.
 
   Raises:
-    ValueError: a key that the config lacks, with the nearest it has, or a value of another type.
+    ValueError: a key that the config lacks, with the nearest it has.
+    flags.Error: a value of another type.
   """
   known = [f'config.{key}' for key, _ in sorted(_leaves(config))]
   for argument in argv:
-    name = argument.split('=')[0].lstrip('-')
-    if not argument.startswith('--') or name not in known:
+    name = argument.split('=')[0].removeprefix('--')
+    if not argument.startswith('--'):
+      raise ValueError(f'a flag is written --config.key=value, got {argument!r} (--help lists all)')
+    if name not in known:
       near = difflib.get_close_matches(name, known, 1, 0.0)[0]
       raise ValueError(f'unknown flag {argument!r}: did you mean --{near}=...? (--help lists all)')
   values = flags.FlagValues()
-  try:
-    config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=['', *argv])
-    values(['experiment', *argv])
-  except (flags.Error, TypeError, ValueError) as error:
-    raise ValueError(str(error)) from error
+  config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=['', *argv])
+  values(['experiment', *argv])
   return config
 
 
@@ -44,9 +44,9 @@ def launch(document: str, get_config: Callable[[list[str]], ConfigDict], run: Ca
   argv = sys.argv[1:]
   try:
     if '--help' in argv or '-h' in argv:
-      keys = sorted(_leaves(get_config([])))
-      print(document.strip(), '\n\nFlags, with their defaults:')
-      print('\n'.join(f'  --config.{key}={value}' for key, value in keys))
+      print(f'{document.strip()}\n\nFlags, with their defaults:')
+      for key, value in sorted(_leaves(get_config(argv))):
+        print(f'  --config.{key}={"  (not set)" if value is None else value}')
       return
     run(parse(get_config(argv), argv))
   except KeyboardInterrupt:
@@ -54,7 +54,8 @@ def launch(document: str, get_config: Callable[[list[str]], ConfigDict], run: Ca
   except Exception as error:  # the contract: one clear line, whatever went wrong
     if os.environ.get('RLHF_JAX_TRACEBACK'):
       raise
-    line = f'{type(error).__name__}: {error}'.replace('\r', '\\r').replace('\n', '\\n')
+    kind = '' if isinstance(error, ValueError | flags.Error) else f'{type(error).__name__}: '
+    line = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in f'{kind}{error}')
     sys.exit(f'error: {line}  (RLHF_JAX_TRACEBACK=1 shows where)')
 
 

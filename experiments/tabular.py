@@ -5,7 +5,8 @@
 FILE.json is {"wins": [[...]], "reference": [...]} or {"rewards": [...], "reference": [...]}, or a
 list of such games, one per prompt. One token per action in file order, temperature 1, no end token;
 `--config.tokens=2` spells each action in two. The pipeline is the one that trains a transformer;
-`--config.exact=true` enumerates every response in place of drawing some.
+`--config.exact=true` enumerates every response in place of drawing some. Without a file: a cycle of
+three actions, or for ppo and vbon eight actions with rewards.
 
 The last line is one JSON object: policy, target (this objective's own exact answer),
 total_variation, kl_target_policy, iterations, and duality_gap for games of wins: plain values for

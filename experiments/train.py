@@ -36,7 +36,6 @@ def run(config: ConfigDict) -> None:
     if done >= config.rounds and (workdir / 'report.md').exists():
       print(f'{workdir} is finished: {done} rounds. See {workdir / "report.md"}')
       return
-  _describe(workdir, config, resumed=done is not None)
 
   # --- The run -----------------------------------------------------------------------------------
   evaluate = held_out.evaluator(
@@ -54,6 +53,10 @@ def run(config: ConfigDict) -> None:
     config=config.to_dict(),
     resume_round=None if done is None else done - 1,
   )
+  _describe(workdir, config, resumed=done is not None)
+  (workdir / 'report.md').unlink(missing_ok=True)  # of fewer rounds; its absence means unfinished
+  assemble.say(f'{workdir}: {config.objective.name}, {done or 0} of {config.rounds} rounds done')
+  found: HeldOut | None = None
   progress = metrics.open_progress(config.rounds, done=done or 0)
 
   def held(state: loop.RunState) -> HeldOut:
@@ -61,6 +64,7 @@ def run(config: ConfigDict) -> None:
     return evaluate(state.params['policy'], state.anchors['reference'], key)
 
   def after(round_: int, state: loop.RunState, figures: dict[str, float], seen: Experience) -> None:
+    nonlocal found
     del seen
     last = round_ + 1 == config.rounds
     if round_ % config.evaluate.every == 0 or last:
@@ -82,7 +86,7 @@ def run(config: ConfigDict) -> None:
     writer.close()
 
   # --- The report --------------------------------------------------------------------------------
-  found = held(state)
+  found = found or held(state)  # a run that only lacked its report played no round
   summary, notes = found.summary() | {'round': int(state.round)}, []
   if config.evaluate.gap_prompts and setup.judging.judge.wins is not None:
     gaps, note = _gaps(config, parts, state, found)

@@ -5,6 +5,7 @@ neither batching nor the number of devices changes it, and two roles never share
 """
 
 import functools
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -27,8 +28,8 @@ def sampling(
   Raises:
     ValueError: a setting lies outside its range.
   """
-  if temperature < 0:
-    raise ValueError(f'sampling.temperature must be at least 0, got {temperature}')
+  if not 0 <= temperature < math.inf:
+    raise ValueError(f'sampling.temperature must be finite and at least 0, got {temperature}')
   if top_k < 0:
     raise ValueError(f'sampling.top_k must be at least 0 (0 keeps all), got {top_k}')
   if not 0 < top_p <= 1:
@@ -74,20 +75,22 @@ def inverse_cdf(p: Float[Array, '*lead V'], uniform: Float[Array, '*lead']) -> I
   blocks = -(-size // width)
   p = jnp.pad(p, [(0, 0)] * len(lead) + [(0, blocks * width - size)])
   p = p.reshape(*lead, blocks, width)
-  mass = jnp.cumsum(jnp.sum(p, -1), -1)
+  sums = jnp.sum(p, -1)
+  mass = jnp.cumsum(sums, -1)
 
-  def first_above(cumulative: Array, threshold: Array) -> Array:
-    # Strictly below the total, so that some entry exceeds it; that entry has mass of its own.
-    threshold = jnp.minimum(
-      threshold, jnp.nextafter(cumulative[..., -1], jnp.zeros_like(threshold))
-    )
-    return jnp.argmax(cumulative > threshold[..., None], -1)
+  def first_above(own: Array, cumulative: Array, threshold: Array) -> Array:
+    # Running sums made in parallel may rise by a rounding where there is no mass.
+    cumulative = jnp.where(own > 0, cumulative, 0)
+    # Strictly below the greatest, so that some entry exceeds it.
+    top = jnp.nextafter(jnp.max(cumulative, -1), jnp.zeros_like(threshold))
+    return jnp.argmax(cumulative > jnp.minimum(threshold, top)[..., None], -1)
 
   threshold = uniform.astype(p.dtype) * mass[..., -1]
-  block = first_above(mass, threshold)
-  inside = jnp.cumsum(jnp.take_along_axis(p, block[..., None, None], -2)[..., 0, :], -1)
+  block = first_above(sums, mass, threshold)
+  own = jnp.take_along_axis(p, block[..., None, None], -2)[..., 0, :]
+  inside = jnp.cumsum(own, -1)
   before = jnp.take_along_axis(mass, block[..., None], -1)[..., 0] - inside[..., -1]
-  token = first_above(inside, jnp.maximum(threshold - before, 0))
+  token = first_above(own, inside, jnp.maximum(threshold - before, 0))
   return block * width + token
 
 

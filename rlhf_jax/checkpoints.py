@@ -8,6 +8,7 @@ itself returns a flipped bit as a value). Saving is synchronous, from one proces
 
 import hashlib
 import json
+import math
 import shutil
 import warnings
 from pathlib import Path
@@ -60,7 +61,8 @@ def save_best(
   """Saves to `directory`/best if `metadata[figure]` beats that of the save there; says if so."""
   best = Path(directory) / BEST
   kept = [_record(best / str(r)) for r in rounds(best) if not _damage(best / str(r))]
-  if not all(metadata[figure] > record['metadata'][figure] for record in kept):
+  earlier = [record['metadata'][figure] for record in kept]
+  if not all(metadata[figure] > value for value in [-math.inf, *earlier]):  # NaN is never better
     return False
   save(best, round, state, metadata, keep=1)
   return True

@@ -96,7 +96,7 @@ def learner(
       (optax.apply_updates(params, updates), moved),
       (params, opt_state),
     )
-    metrics['learner/gradient_norm'] = optax.global_norm(gradients)
+    metrics['learner/gradient_norm'] = optax.tree.norm(gradients)
     return (params, opt_state, reference, temperature), metrics
 
   def update(params, opt_state, reference, examples: Examples, key: Array, temperature: Array):

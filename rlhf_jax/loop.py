@@ -81,12 +81,18 @@ def check(setup: Setup) -> None:
 
 
 def start(setup: Setup, key: Array, policy: Params, reference: Params) -> RunState:
-  """The state before the first round. The policy is copied, since the learner donates it."""
+  """The state before the first round, all of it where `policy` is placed.
+
+  The policy is copied, since the learner donates it. Place it on the sampler's mesh
+  (`sharding.replicate`): a state that is placed nowhere comes back placed from the first round, and
+  every function compiles once more in the second.
+  """
   params = {'policy': jax.tree.map(jnp.copy, policy)}
+  home = jax.tree.leaves(params)[0]
   if 'value' in setup.objective.needs:
     dtype = jnp.result_type(*jax.tree.leaves(policy))
     params['value'] = heads.init_value_head(setup.model.width, dtype)
-  return RunState(
+  state = RunState(
     round=jnp.int32(0),
     key=jax.random.key_data(key),
     params=params,
@@ -94,6 +100,7 @@ def start(setup: Setup, key: Array, policy: Params, reference: Params) -> RunSta
     optimizer=setup.optimizer.init(params),
     objective=setup.objective.init(),
   )
+  return jax.device_put(state, home.sharding) if home.committed else state
 
 
 def functions(setup: Setup) -> Functions:

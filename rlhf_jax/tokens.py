@@ -1,4 +1,4 @@
-"""Text to token ids and back. The only importer of `tokenizers`; everything here is on the host."""
+"""Text to token ids and back. Everything here runs on the host."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

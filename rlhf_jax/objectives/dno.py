@@ -34,7 +34,7 @@ def dno(*, step_weight: float, rounds_per_iteration: int) -> Objective:
 
   def targets(state: State, experience: Experience) -> tuple[State, Examples, Metrics]:
     own, win_rate = experience.own, win_rates.against_opponent(experience)
-    last = jnp.sum(own.scores['last'].logp, -1)
+    last = jnp.sum(masks.zero(own.scores['last'].logp, own.trained), -1)
     first, second = (pairs.broadcast(experience, i) for i in pairs.all_pairs(own.weights.shape[1]))
     weight = pairs.take(own.weights, first) * pairs.take(own.weights, second)
     label = sigmoid(pairs.take(win_rate, first) - pairs.take(win_rate, second))
@@ -69,10 +69,10 @@ def dno_prct(*, step_weight: float, rounds_per_iteration: int, margin: float) ->
 
   def targets(state: State, experience: Experience) -> tuple[State, Examples, Metrics]:
     own, win_rate = experience.own, win_rates.against_opponent(experience)
-    last = jnp.sum(own.scores['last'].logp, -1)
+    last = jnp.sum(masks.zero(own.scores['last'].logp, own.trained), -1)
     best, worst = pairs.best_worst(win_rate)
     gap = pairs.take(win_rate, best) - pairs.take(win_rate, worst)
-    weight = jnp.where((gap > 0) & (gap >= margin), 1.0, 0.0)
+    weight = ((gap > 0) & (gap >= margin)).astype(own.weights.dtype)
     difference = pairs.take(last, best) - pairs.take(last, worst)
     goal = {'label': jnp.ones_like(difference), 'last': difference}
     kept = {'dno/kept_pairs': jnp.mean(weight)}

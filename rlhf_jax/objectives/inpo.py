@@ -42,7 +42,10 @@ def inpo(
   def targets(state: State, experience: Experience) -> tuple[State, Examples, Metrics]:
     own, wins = experience.own, experience.wins
     assert wins is not None
-    anchored = {name: jnp.sum(own.scores[name].logp, -1) for name in ('reference', 'last')}
+    anchored = {
+      name: jnp.sum(masks.zero(own.scores[name].logp, own.trained), -1)
+      for name in ('reference', 'last')
+    }
     pull = kl_weight / step_weight
     base = pull * anchored['reference'] + (1 - pull) * anchored['last']
     if pairing == 'all':
@@ -50,7 +53,7 @@ def inpo(
       weight = pairs.take(own.weights, first) * pairs.take(own.weights, second)
     else:
       first, second = pairs.best_worst(win_rates.against_opponent(experience))
-      weight = jnp.where(first != second, 1.0, 0.0)
+      weight = (first != second).astype(own.weights.dtype)
     beats = jnp.take_along_axis(pairs.rows(wins, first), second[..., None], -1)[..., 0]
     if pairing == 'best_worst':  # the recipe's hard label, kept only where the winner does beat
       weight, beats = jnp.where(beats > 0.5, weight, 0.0), jnp.ones_like(beats)

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from rlhf_jax.objectives.base import REFERENCE_ONLY, Objective
-from rlhf_jax.ops import gae, masks, singles
-from rlhf_jax.ops import kl as kl_ops
+from rlhf_jax.ops import gae, kl, masks, singles
 from rlhf_jax.types import Array, Examples, Experience, Metrics, Outputs, State
 
 
@@ -54,14 +53,14 @@ def ppo(
       raise ValueError(f'{name} must lie in [0, 1], got {value}')
 
   def targets(state: State, experience: Experience) -> tuple[State, Examples, Metrics]:
-    own, policy = experience.own, experience.own.scores['policy']
+    own, policy, weight = experience.own, experience.own.scores['policy'], state['kl_weight']
     assert policy.value is not None
     score = jnp.sum(jnp.stack(list(experience.rewards.values())), 0)
     if missing_eos_penalty is not None:
       score = jnp.where(own.ended, score, missing_eos_penalty)
     log_ratio = masks.zero(policy.logp - own.scores['reference'].logp, own.trained)
     last = jnp.arange(own.trained.shape[-1]) == jnp.sum(own.trained, -1, keepdims=True) - 1
-    rewards = jnp.where(last, score[..., None], 0) - state['kl_weight'] * log_ratio
+    rewards = jnp.where(last, score[..., None], 0) - weight.astype(log_ratio.dtype) * log_ratio
     advantages, returns = gae.generalized_advantages(
       rewards, policy.value, own.trained, discount=discount, gae_lambda=gae_lambda
     )
@@ -69,10 +68,11 @@ def ppo(
     if whiten:
       advantages = gae.whiten(advantages, token_weights)
     record = Targets(policy.logp, policy.value, advantages, returns)
-    kl = jnp.mean(jnp.sum(own.weights * jnp.sum(log_ratio, -1), 1))
-    metrics = {'ppo/kl_weight': state['kl_weight'], 'ppo/returns': jnp.mean(returns[..., 0])}
+    mean_kl = jnp.mean(jnp.sum(own.weights * jnp.sum(log_ratio, -1), 1))
+    mean_return = jnp.mean(jnp.sum(own.weights * returns[..., 0], 1))
+    metrics = {'ppo/kl_weight': weight, 'ppo/returns': mean_return}
     if adaptive_kl is not None:
-      weight = kl_ops.adapted_weight(state['kl_weight'], kl, adaptive_kl, score.size, kl_horizon)
+      weight = kl.adapted_weight(weight, mean_kl, adaptive_kl, score.size, kl_horizon)
       state = {'kl_weight': weight}
     return state, singles.examples(experience, jnp.sum(token_weights, -1), record), metrics
 
@@ -81,13 +81,11 @@ def ppo(
     ratio = jnp.exp(masks.zero(outputs.logp - old.logp, mask))
     clipped = jnp.clip(ratio, 1 - clip, 1 + clip)
     policy = jnp.maximum(-old.advantages * ratio, -old.advantages * clipped)
-    near = jnp.clip(outputs.value, old.value - clip, old.value + clip)
-    errors = jnp.maximum((outputs.value - old.returns) ** 2, (near - old.returns) ** 2)
-    losses = {
-      'ppo/policy_loss': policy,
-      'ppo/value_loss': errors / 2,
-      'ppo/clipped': ratio != clipped,
-    }
+    value = masks.zero(outputs.value, mask)  # type: ignore[arg-type]
+    near = jnp.clip(value, old.value - clip, old.value + clip)
+    errors = jnp.maximum((value - old.returns) ** 2, (near - old.returns) ** 2)
+    losses = {'ppo/policy_loss': policy, 'ppo/value_loss': errors / 2}
+    losses['ppo/clipped'] = (ratio != clipped).astype(ratio.dtype)
     metrics = {name: jnp.mean(masks.token_mean(x, mask), 1) for name, x in losses.items()}
     return metrics['ppo/policy_loss'] + value_weight * metrics['ppo/value_loss'], metrics
 

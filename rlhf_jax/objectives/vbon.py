@@ -19,11 +19,15 @@ from rlhf_jax.types import Array, Examples, Experience, Metrics, State
 FORMS = ('exact', 'bound')
 
 
+def finite_log(share: Array) -> Array:
+  """log max(share, tiny): 0 · log tiny = 0 where 0 · log 0 would be NaN."""
+  return jnp.log(jnp.maximum(share, jnp.finfo(share.dtype).tiny))
+
+
 def log_best_of_n_ratio(at_most: Array, below: Array, best_of: int) -> Array:
-  """log π_bon(y)/μ(y) = log Σ_{k<N} F_≤^k F_<^{N-1-k}; finite wherever F_≤ > 0."""
+  """log π_bon(y)/μ(y) = log Σ_{k<N} F_≤^k F_<^{N-1-k}; F_≤^{N-1} where F_< = 0."""
   k = jnp.arange(best_of, dtype=at_most.dtype)
-  tiny = jnp.finfo(at_most.dtype).tiny  # 0 · log tiny = 0 leaves F_≤^{N-1} where F_< = 0
-  log_at_most, log_below = jnp.log(at_most), jnp.log(jnp.maximum(below, tiny))
+  log_at_most, log_below = finite_log(at_most), finite_log(below)
   return logsumexp(k * log_at_most[..., None] + (best_of - 1 - k) * log_below[..., None], axis=-1)
 
 
@@ -51,7 +55,7 @@ def vbon(*, best_of: int, form: str) -> Objective:
     if form == 'exact':
       score = log_best_of_n_ratio(at_most, below, best_of)
     else:
-      score = (best_of - 1) * jnp.log(at_most)
+      score = (best_of - 1) * finite_log(at_most)
     log_ratio = own.scores['policy'].logp - own.scores['reference'].logp
     to_go = policy_gradient.returns_to_go(score, log_ratio, own.trained)
     advantages = policy_gradient.centred(to_go, own.weights, own.draws)

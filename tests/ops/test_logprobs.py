@@ -1,0 +1,186 @@
+"""Log-probabilities, entropy, KL and mixtures by hand; the sliced forms against the whole ones."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.ops import logprobs
+
+ONE = jnp.float32(1)
+
+
+def log_law(*p):
+  with np.errstate(divide='ignore'):
+    return jnp.asarray(np.log(p), jnp.float32)
+
+
+def assert_close(found, expected, atol=1e-6):
+  np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+
+
+# --- one law ---------------------------------------------------------------------------------
+
+
+def test_log_softmax_by_hand():
+  # Odds 1 to 3; halving the temperature squares the odds.
+  logits = jnp.array([0.0, math.log(3)])
+  assert_close(jnp.exp(logprobs.log_softmax(logits, ONE)), [0.25, 0.75])
+  assert_close(jnp.exp(logprobs.log_softmax(logits, ONE / 2)), [0.1, 0.9])
+  assert_close(jnp.exp(logprobs.log_softmax(1000 + logits, ONE)), [0.25, 0.75], atol=1e-4)
+
+
+def test_log_softmax_is_never_narrower_than_float32():
+  assert logprobs.log_softmax(jnp.ones(3, jnp.bfloat16), ONE).dtype == jnp.float32
+
+
+def test_entropy_by_hand():
+  expected = 0.25 * math.log(4) + 0.75 * math.log(4 / 3)
+  assert_close(logprobs.entropy(log_law(0.25, 0.75)), expected)
+  assert_close(logprobs.entropy(log_law(0.25, 0.0, 0.75)), expected)  # 0 log 0 = 0
+  assert_close(logprobs.entropy(log_law(1.0, 0.0)), 0.0)
+
+
+def test_divergence_by_hand():
+  # ½ log 2 + ½ log ⅔ = ½ log 4/3
+  expected = 0.5 * math.log(4 / 3)
+  assert_close(logprobs.divergence(log_law(0.5, 0.5), log_law(0.25, 0.75)), expected)
+  both = log_law(0.5, 0.0, 0.5), log_law(0.25, 0.0, 0.75)  # −inf less −inf is not a number
+  assert_close(logprobs.divergence(*both), expected)
+  assert logprobs.divergence(log_law(0.5, 0.5), log_law(0.0, 1.0)) == np.inf
+
+
+# --- mixtures --------------------------------------------------------------------------------
+
+# At weight ¼ the odds 16 : 1 become 2 : 1; swapped they would become 8 : 1.
+PEAKED, EVEN = log_law(16 / 17, 1 / 17), log_law(0.5, 0.5)
+
+
+def mixed(first, second, weight):
+  weights = {'first': jnp.float32(1 - weight), 'second': jnp.float32(weight)}
+  return jnp.exp(logprobs.mixture({'first': first, 'second': second}, weights))
+
+
+def test_mixture_by_hand():
+  assert_close(mixed(EVEN, PEAKED, 0.25), [2 / 3, 1 / 3])
+  assert_close(mixed(EVEN, PEAKED, 0.75), [8 / 9, 1 / 9])
+
+
+def test_each_end_of_a_mixture_is_one_member():
+  assert_close(mixed(EVEN, PEAKED, 0.0), [0.5, 0.5])
+  assert_close(mixed(EVEN, PEAKED, 1.0), [16 / 17, 1 / 17])
+
+
+def test_a_member_of_weight_zero_does_not_matter_though_it_excludes_a_token():
+  assert_close(mixed(EVEN, log_law(0.0, 1.0), 0.0), [0.5, 0.5])
+  assert_close(mixed(EVEN, log_law(0.0, 1.0), 0.25), [0.0, 1.0])
+
+
+def test_weights_may_differ_by_response():
+  members = {'first': jnp.stack([EVEN, EVEN]), 'second': jnp.stack([PEAKED, PEAKED])}
+  weights = {'first': jnp.array([0.75, 0.0]), 'second': jnp.array([0.25, 1.0])}
+  found = jnp.exp(logprobs.mixture(members, weights))
+  assert_close(found, [[2 / 3, 1 / 3], [16 / 17, 1 / 17]])
+
+
+def test_members_are_renormalised_after_mixing_not_before():
+  members = {'first': EVEN, 'second': PEAKED}
+  logp = logprobs.mixture(members, {'first': jnp.float32(2.0), 'second': jnp.float32(-1.0)})
+  assert_close(jnp.exp(logp), [1 / 17, 16 / 17])  # weights may be negative and sum to 1
+
+
+# --- slices ----------------------------------------------------------------------------------
+
+ROWS, LENGTH, WIDTH, VOCAB = 2, 7, 3, 5
+
+
+def statistics(kernel, other, states, tokens, temperature, slice_elements):
+  return logprobs.token_statistics(
+    lambda state: state @ kernel,
+    states,
+    tokens,
+    temperature=temperature,
+    vocab_size=kernel.shape[-1],
+    entropies=True,
+    reference=(lambda state: state @ other, 0.5 * states),
+    slice_elements=slice_elements,
+  )
+
+
+def problem():
+  random = np.random.default_rng(0)
+  kernel, other = (jnp.asarray(random.normal(size=(WIDTH, VOCAB))) for _ in range(2))
+  states = jnp.asarray(random.normal(size=(ROWS, LENGTH, WIDTH)))
+  return kernel, other, states, jnp.asarray(random.integers(0, VOCAB, (ROWS, LENGTH)))
+
+
+@pytest.mark.usefixtures('float64')
+def test_statistics_are_those_of_the_whole_law():
+  kernel, other, states, tokens = problem()
+  temperature = jnp.asarray(0.7)
+  found = statistics(kernel, other, states, tokens, temperature, 2**24)
+  law = jax.nn.log_softmax(states @ kernel / 0.7, -1)
+  reference = jax.nn.log_softmax(0.5 * states @ other / 0.7, -1)
+  for row in range(ROWS):
+    for position in range(LENGTH):
+      logp, mu = law[row, position], reference[row, position]
+      here = [part[row, position] for part in found]
+      expected = [
+        logp[tokens[row, position]],
+        -sum(math.exp(x) * x for x in logp),
+        sum(math.exp(x) * (x - y) for x, y in zip(logp, mu, strict=True)),
+      ]
+      assert_close(here, expected, atol=1e-13)
+
+
+@pytest.mark.usefixtures('float64')
+@pytest.mark.parametrize('width', [1, 2, 3, 7])  # 7 positions: whole slices, and a last one short
+def test_slices_equal_the_whole(width):
+  kernel, other, states, tokens = problem()
+
+  def both(slice_elements):
+    def total(kernel, states):
+      parts = statistics(kernel, other, states, tokens, jnp.asarray(0.7), slice_elements)
+      return sum((i + 1) * jnp.sum(part**2) for i, part in enumerate(parts)), parts
+
+    (_, parts), slopes = jax.value_and_grad(total, (0, 1), has_aux=True)(kernel, states)
+    return *parts, *slopes
+
+  sliced, whole = both(width * ROWS * VOCAB), both(2**24)
+  for found, expected in zip(sliced, whole, strict=True):
+    assert_close(found, expected, atol=1e-12)
+
+
+def test_what_is_not_asked_for_is_not_there():
+  kernel, _, states, tokens = problem()
+  found = logprobs.token_statistics(
+    lambda state: state @ kernel, states, tokens, temperature=ONE, vocab_size=VOCAB
+  )
+  assert found[1:] == (None, None)
+
+
+def temporary_bytes(length, slice_elements, vocab=2048):
+  """What the gradient of all statistics needs beside its arguments and results."""
+
+  def total(kernel, states, tokens):
+    parts = statistics(kernel, kernel, states, tokens, ONE, slice_elements)
+    return sum(jnp.sum(part) for part in parts)
+
+  arguments = (
+    jax.ShapeDtypeStruct((4, vocab), jnp.float32),
+    jax.ShapeDtypeStruct((ROWS, length, 4), jnp.float32),
+    jax.ShapeDtypeStruct((ROWS, length), jnp.int32),
+  )
+  compiled = jax.jit(jax.grad(total, (0, 1))).lower(*arguments).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_does_not_grow_with_length_times_vocabulary():
+  logits = 4 * ROWS * 512 * 2048  # bytes of all logits at length 512
+  slice_elements = ROWS * 16 * 2048  # 1/32 of them
+  short, long = (temporary_bytes(length, slice_elements) for length in (512, 1024))
+  assert short < logits / 4
+  assert long - short < logits / 20  # states and tokens grow, logits do not
+  assert temporary_bytes(512, 2**24) > logits  # in one piece they are all there
