@@ -2,7 +2,7 @@
 
 Axes, used everywhere:
   B prompts, K responses per prompt, M opponent responses per prompt, P prompt tokens (left-padded),
-  T response tokens, N training examples, G responses per example (1 alone, 2 a pair), V vocabulary,
+  T response tokens, N training examples, G responses per example (1, a pair, all K), V vocabulary,
   D hidden width.
 
 All records are NamedTuples of arrays, so plain pytrees. Floating arrays are float32 in a run; the

@@ -35,7 +35,7 @@ PACKAGE, EXPERIMENTS = sources('rlhf_jax'), sources('experiments')
 
 
 def imported(path: Path) -> set[str]:
-  """Dotted names of all that a file imports, inside functions too; relative imports are not used."""
+  """Dotted names of all that a file imports, inside functions too."""
   found = set()
   for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
     if isinstance(node, ast.Import):
@@ -117,5 +117,7 @@ def test_objectives_know_no_model_mesh_tokenizer_or_config():
 
 
 def test_no_utils():
-  files = [path for folder in ('rlhf_jax', 'experiments', 'tests') for path in (ROOT / folder).rglob('*')]
+  files = [
+    path for folder in ('rlhf_jax', 'experiments', 'tests') for path in (ROOT / folder).rglob('*')
+  ]
   assert not [path for path in files if path.stem in ('utils', 'util', 'helpers', 'common')]

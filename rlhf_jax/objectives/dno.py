@@ -35,17 +35,16 @@ def dno(*, step_weight: float, rounds_per_iteration: int) -> Objective:
   def targets(state: State, experience: Experience) -> tuple[State, Examples, Metrics]:
     own, win_rate = experience.own, win_rates.against_opponent(experience)
     last = jnp.sum(masks.zero(own.scores['last'].logp, own.trained), -1)
-    first, second = (pairs.broadcast(experience, i) for i in pairs.all_pairs(own.weights.shape[1]))
-    weight = pairs.take(own.weights, first) * pairs.take(own.weights, second)
-    label = sigmoid(pairs.take(win_rate, first) - pairs.take(win_rate, second))
-    goal = {'label': label, 'last': pairs.take(last, first) - pairs.take(last, second)}
-    return state, pairs.examples(experience, first, second, weight, goal), {}
+    index, weight = pairs.everyone(experience), pairs.products(own.weights)
+    goal = {'label': sigmoid(pairs.differences(win_rate)), 'last': pairs.differences(last)}
+    return state, pairs.examples(experience, index, weight, goal), {}
 
   def loss(outputs: Outputs, examples: Examples) -> tuple[Array, Metrics]:
-    logp = jnp.sum(masks.zero(outputs.logp, examples.trained), -1)
-    margin = step_weight * (logp[:, 0] - logp[:, 1] - examples.targets['last'])
-    label = examples.targets['label']
-    return -label * log_sigmoid(margin) - (1 - label) * log_sigmoid(-margin), {'dno/margin': margin}
+    goal = examples.targets.goal
+    margin = step_weight * (pairs.log_probs(outputs.logp, examples) - goal['last'])
+    losses = -goal['label'] * log_sigmoid(margin) - (1 - goal['label']) * log_sigmoid(-margin)
+    metrics = {'dno/margin': pairs.mean(margin, examples.targets)}
+    return pairs.mean(losses, examples.targets), metrics
 
   return Objective(
     anchors={'reference': Frozen(), 'last': Every(rounds_per_iteration)},
@@ -70,13 +69,13 @@ def dno_prct(*, step_weight: float, rounds_per_iteration: int, margin: float) ->
   def targets(state: State, experience: Experience) -> tuple[State, Examples, Metrics]:
     own, win_rate = experience.own, win_rates.against_opponent(experience)
     last = jnp.sum(masks.zero(own.scores['last'].logp, own.trained), -1)
-    best, worst = pairs.best_worst(win_rate)
-    gap = pairs.take(win_rate, best) - pairs.take(win_rate, worst)
-    weight = ((gap > 0) & (gap >= margin)).astype(own.weights.dtype)
-    difference = pairs.take(last, best) - pairs.take(last, worst)
+    index = pairs.best_worst(win_rate)
+    gap = pairs.differences(pairs.take(win_rate, index))
+    weight = jnp.triu((gap > 0) & (gap >= margin), 1).astype(own.weights.dtype)
+    difference = pairs.differences(pairs.take(last, index))
     goal = {'label': jnp.ones_like(difference), 'last': difference}
-    kept = {'dno/kept_pairs': jnp.mean(weight)}
-    return state, pairs.examples(experience, best, worst, weight, goal), kept
+    kept = {'dno/kept_pairs': jnp.mean(jnp.sum(weight, (1, 2)))}
+    return state, pairs.examples(experience, index, weight, goal), kept
 
   regression = dno(step_weight=step_weight, rounds_per_iteration=rounds_per_iteration)
   return regression._replace(targets=targets)

@@ -49,21 +49,19 @@ def inpo(
     pull = kl_weight / step_weight
     base = pull * anchored['reference'] + (1 - pull) * anchored['last']
     if pairing == 'all':
-      first, second = (pairs.broadcast(experience, i) for i in pairs.all_pairs(wins.shape[1]))
-      weight = pairs.take(own.weights, first) * pairs.take(own.weights, second)
-    else:
-      first, second = pairs.best_worst(win_rates.against_opponent(experience))
-      weight = (first != second).astype(own.weights.dtype)
-    beats = jnp.take_along_axis(pairs.rows(wins, first), second[..., None], -1)[..., 0]
-    if pairing == 'best_worst':  # the recipe's hard label, kept only where the winner does beat
-      weight, beats = jnp.where(beats > 0.5, weight, 0.0), jnp.ones_like(beats)
-    goal = pairs.take(base, first) - pairs.take(base, second) + (beats - 0.5) / step_weight
-    return state, pairs.examples(experience, first, second, weight, goal), {}
+      index = pairs.everyone(experience)
+      beats, weight = wins, pairs.products(own.weights)
+    else:  # the recipe's hard label, kept only where the winner does beat the loser
+      index = pairs.best_worst(win_rates.against_opponent(experience))
+      beats = (pairs.between(wins, index) > 0.5).astype(own.weights.dtype)
+      weight = jnp.triu(beats, 1)
+    goal = pairs.differences(pairs.take(base, index)) + (beats - 0.5) / step_weight
+    return state, pairs.examples(experience, index, weight, goal), {}
 
   def loss(outputs: Outputs, examples: Examples) -> tuple[Array, Metrics]:
-    logp = jnp.sum(masks.zero(outputs.logp, examples.trained), -1)
-    error = logp[:, 0] - logp[:, 1] - examples.targets
-    return error**2, {'inpo/error': jnp.abs(error)}
+    error = pairs.log_probs(outputs.logp, examples) - examples.targets.goal
+    metrics = {'inpo/error': pairs.mean(jnp.abs(error), examples.targets)}
+    return pairs.mean(error**2, examples.targets), metrics
 
   return Objective(
     anchors={'reference': Frozen(), 'last': Every(rounds_per_iteration)},

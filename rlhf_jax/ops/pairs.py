@@ -1,66 +1,90 @@
-"""Pairs of responses to one prompt, as examples with G = 2."""
+"""Pairs of responses to one prompt, compared inside a group of G that is scored once.
+
+A group is an index [B, G] into the K responses: all, or the best and the worst. A response is
+forwarded once, however many of its G(G−1)/2 pairs count, and a loss on pairs is a matrix [G, G].
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
+from rlhf_jax.ops import masks
 from rlhf_jax.types import Examples, Experience
 
 
-def all_pairs(responses: int) -> tuple[np.ndarray, np.ndarray]:
-  """The K(K−1)/2 pairs i < j as two index vectors.
+class PairTargets(NamedTuple):
+  """Targets of a loss on pairs."""
+
+  weight: Array  # f[N, G, G]; how much pair (i, j) counts: 0 on and below the diagonal
+  goal: object  # the objective's own tree of [N, G, G] arrays
+
+
+def everyone(experience: Experience) -> Int[Array, 'B K']:
+  """All K responses of every prompt as one group.
 
   Raises:
     ValueError: there are fewer than two responses.
   """
-  if responses < 2:
-    raise ValueError(f'pairs need at least 2 responses a prompt, got {responses}')
-  return np.triu_indices(responses, 1)
+  batch, count = experience.own.weights.shape
+  if count < 2:
+    raise ValueError(f'pairs need at least 2 responses a prompt, got {count}')
+  return jnp.broadcast_to(jnp.arange(count), (batch, count))
 
 
-def best_worst(scores: Float[Array, 'B K']) -> tuple[Int[Array, 'B 1'], Int[Array, 'B 1']]:
-  """Of each prompt the response of the highest and of the lowest score (first of equals)."""
-  return jnp.argmax(scores, 1)[:, None], jnp.argmin(scores, 1)[:, None]
+def best_worst(scores: Float[Array, 'B K']) -> Int[Array, 'B 2']:
+  """Of each prompt the responses of the highest and of the lowest score (first of equals)."""
+  return jnp.stack([jnp.argmax(scores, 1), jnp.argmin(scores, 1)], 1)
 
 
-def broadcast(experience: Experience, index: np.ndarray) -> Int[Array, 'B Q']:
-  """Q indices into K, the same for every prompt."""
-  return jnp.broadcast_to(jnp.asarray(index), (experience.prompts.shape[0], len(index)))
-
-
-def take(values: Float[Array, 'B K'], index: Int[Array, 'B Q']) -> Float[Array, 'B Q']:
-  """values[b, index[b, q]]."""
+def take(values: Float[Array, 'B K'], index: Int[Array, 'B G']) -> Float[Array, 'B G']:
+  """values[b, index[b, g]]."""
   return jnp.take_along_axis(values, index, 1)
+
+
+def between(values: Float[Array, 'B K K'], index: Int[Array, 'B G']) -> Float[Array, 'B G G']:
+  """values[b, index[b, g], index[b, h]]."""
+  rows = jnp.take_along_axis(values, index[:, :, None], 1)
+  return jnp.take_along_axis(rows, index[:, None, :], 2)
+
+
+def differences(values: Float[Array, '*lead G']) -> Float[Array, '*lead G G']:
+  """v_i − v_j."""
+  return values[..., :, None] - values[..., None, :]
+
+
+def products(weights: Float[Array, 'B G']) -> Float[Array, 'B G G']:
+  """w_i w_j for i < j, else 0: every pair once."""
+  return jnp.triu(weights[:, :, None] * weights[:, None, :], 1)
+
+
+def mean(values: Float[Array, 'N G G'], targets: PairTargets) -> Float[Array, 'N']:
+  """Σ_{i<j} w_ij v_ij / Σ_{i<j} w_ij; 0 for a group none of whose pairs counts."""
+  total = jnp.sum(targets.weight, (1, 2))
+  kept = masks.zero(values, targets.weight > 0)
+  return jnp.sum(targets.weight * kept, (1, 2)) / jnp.where(total > 0, total, 1)
+
+
+def log_probs(logp: Float[Array, 'N G T'], examples: Examples) -> Float[Array, 'N G G']:
+  """log π(y_i) − log π(y_j), whole responses."""
+  return differences(jnp.sum(masks.zero(logp, examples.trained), -1))
 
 
 def examples(
   experience: Experience,
-  first: Int[Array, 'B Q'],
-  second: Int[Array, 'B Q'],
-  weight: Float[Array, 'B Q'],
-  targets: object,
+  index: Int[Array, 'B G'],
+  weight: Float[Array, 'B G G'],
+  goal: object,
 ) -> Examples:
-  """Q pairs a prompt as N = B·Q examples (N, G = 2); `targets` is a tree of [B, Q, ...] arrays."""
-  own = experience.own
-  pair = jnp.stack([first, second], -1)  # [B, Q, 2]
-  rows = jnp.arange(pair.shape[0])[:, None, None]
-  count = pair.shape[1]
-
-  def flat(values: Array) -> Array:
-    return values.reshape((-1, *values.shape[2:]))
-
+  """One group a prompt (N = B); an example weighs what its pairs do together."""
+  own, rows = experience.own, jnp.arange(index.shape[0])[:, None]
   return Examples(
-    prompts=jnp.repeat(experience.prompts, count, 0),
-    prompt_attended=jnp.repeat(experience.prompt_attended, count, 0),
-    responses=flat(own.tokens[rows, pair]),
-    attended=flat(own.attended[rows, pair]),
-    trained=flat(own.trained[rows, pair]),
-    weight=weight.reshape(-1),
-    targets=jax.tree.map(flat, targets),
+    prompts=experience.prompts,
+    prompt_attended=experience.prompt_attended,
+    responses=own.tokens[rows, index],
+    attended=own.attended[rows, index],
+    trained=own.trained[rows, index],
+    weight=jnp.sum(weight, (1, 2)),
+    targets=PairTargets(weight, jax.tree.map(jnp.asarray, goal)),
   )
-
-
-def rows(wins: Float[Array, 'B K M'], index: Int[Array, 'B Q']) -> Float[Array, 'B Q M']:
-  """wins[b, index[b, q], :]."""
-  return jnp.take_along_axis(wins, index[..., None], 1)

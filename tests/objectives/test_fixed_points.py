@@ -1,4 +1,4 @@
-"""Each objective rests at its exact answer, moves at the reference, and flees with its sign flipped.
+"""Each objective rests at its exact answer, moves at the reference, and flees under a flipped sign.
 
 The real round is played on small games with every response enumerated, and the learner takes one
 step of plain gradient descent at rate 1, so what the parameters move by *is* the expected gradient.
@@ -46,7 +46,6 @@ class Bench(NamedTuple):
   compiled: loop.Functions
   game: Game
   depth: int
-  link: str
 
 
 def bench(
@@ -69,7 +68,13 @@ def bench(
     responses=1,
     opponents=1,
   )
-  return Bench(setup, loop.functions(setup), game, depth, link)
+  return Bench(setup, loop.functions(setup), game, depth)
+
+
+def on(there: Bench, game: Game, link: str | None = None) -> Bench:
+  """The same compiled round on another game of as many actions."""
+  judging = Judging(judge.judge([game], there.depth), link or there.setup.judging.link)
+  return there._replace(game=game, setup=there.setup._replace(judging=judging))
 
 
 def tree(there: Bench, law: np.ndarray):
@@ -355,16 +360,18 @@ def test_dno_prct_does_not_rest_at_dnos_answer():
 
 
 @pytest.mark.usefixtures('float64', 'quickly_compiled')
-@pytest.mark.parametrize('game', [REWARDS, TIES], ids=['strict', 'ties'])
 @pytest.mark.parametrize(('form', 'depth'), [('exact', 1), ('exact', 2), ('bound', 1)])
-def test_vbon_rests_at_its_forms_own_answer(form, depth, game):
-  settings = {'best_of': 4, 'form': form}
-  there = bench(OBJECTIVES['vbon'](**settings), game, depth=depth, link='compare')
-  answer = answers.exact_answer('vbon', settings, game, 0)
-  assert largest(gradient(there, answer)) < RESTS
-  assert largest(gradient(there, game.reference)) > MOVES
-  other = {'best_of': 4, 'form': 'bound' if form == 'exact' else 'exact'}
-  assert largest(gradient(there, answers.exact_answer('vbon', other, game, 0))) > MOVES
+def test_vbon_rests_at_its_forms_own_answer(form, depth):
+  compiled = bench(OBJECTIVES['vbon'](best_of=4, form=form), REWARDS, depth=depth, link='compare')
+  for game in (REWARDS, TIES):
+    there = on(compiled, game)
+    laws = {
+      form: answers.exact_answer('vbon', {'best_of': 4, 'form': form}, game, 0)
+      for form in ('exact', 'bound')
+    }
+    assert largest(gradient(there, laws.pop(form))) < RESTS
+    assert largest(gradient(there, laws.popitem()[1])) > MOVES
+    assert largest(gradient(there, game.reference)) > MOVES
 
 
 @pytest.mark.usefixtures('float64', 'quickly_compiled')
@@ -374,9 +381,8 @@ def test_vbon_reads_only_the_order_of_the_rewards():
   assert largest(expected) > MOVES
   for rewards in (np.exp(3 * TIES.rewards), 5 - 1 / TIES.rewards):
     for link in ('bradley_terry', 'compare'):
-      judging = Judging(judge.judge([TIES._replace(rewards=rewards)]), link)
-      other = there._replace(setup=there.setup._replace(judging=judging))
-      np.testing.assert_array_equal(gradient(other, law)['policy']['table'], expected)
+      found = gradient(on(there, TIES._replace(rewards=rewards), link), law)
+      np.testing.assert_array_equal(found['policy']['table'], expected)
 
 
 @pytest.mark.usefixtures('float64', 'quickly_compiled')
@@ -432,9 +438,7 @@ def test_a_flipped_loss_flees_the_answer(case):
   iteration = {'inpo': 4, 'dno': ROUNDS, 'dno_prct': ROUNDS}
   held = {'rounds_per_iteration': iteration[case.name]} if case.name in iteration else {}
   objective = factory(**{**case.more, **case.settings, **held})
-  there = bench(
-    objective, case.game, optimizer=optax.adam(optax.linear_schedule(0.4, 0.0, ROUNDS))
-  )
+  there = bench(objective, case.game, optimizer=optax.adam(optax.linear_schedule(0.4, 0.0, ROUNDS)))
 
   def flipped_loss(outputs, examples):
     losses, metrics = objective.loss(outputs, examples)

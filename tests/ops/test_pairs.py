@@ -38,44 +38,61 @@ EXPERIENCE = Experience(
 )
 
 
-def test_all_pairs_of_three():
-  first, second = pairs.all_pairs(3)
-  assert list(zip(first.tolist(), second.tolist(), strict=True)) == [(0, 1), (0, 2), (1, 2)]
+def test_everyone_is_one_group_a_prompt():
+  assert pairs.everyone(EXPERIENCE).tolist() == [[0, 1, 2], [0, 1, 2]]
 
 
 def test_one_response_makes_no_pair():
+  alone = EXPERIENCE._replace(own=responses([[[11, 12]], [[21, 0]]], np.ones((2, 1))))
   with pytest.raises(ValueError, match='at least 2 responses a prompt, got 1'):
-    pairs.all_pairs(1)
+    pairs.everyone(alone)
 
 
 def test_best_and_worst_take_the_first_of_equals():
-  best, worst = pairs.best_worst(jnp.array([[0.1, 0.9, 0.9], [0.5, 0.5, 0.5]]))
-  assert (best.tolist(), worst.tolist()) == ([[1], [0]], [[0], [0]])
+  found = pairs.best_worst(jnp.array([[0.1, 0.9, 0.9], [0.5, 0.5, 0.5]]))
+  assert found.tolist() == [[1, 0], [0, 0]]
 
 
-def test_pair_examples_keep_rows_together():
-  first, second = (pairs.broadcast(EXPERIENCE, index) for index in pairs.all_pairs(3))
-  weight = jnp.arange(6.0).reshape(2, 3)
-  numbers = 10 * first + second
-  found = pairs.examples(EXPERIENCE, first, second, weight, {'goal': numbers})
-  assert found.responses.shape == (6, 2, 2)
-  # Of the second prompt the pair (1, 2).
-  assert found.responses[5].tolist() == [[22, 23], [24, 25]]
-  assert found.responses[3].tolist() == [[21, 0], [22, 23]]
-  assert found.trained[3].tolist() == [[True, False], [True, True]]
-  assert found.attended[3].tolist() == [[True, False], [True, True]]
-  assert found.prompts[:, 1].tolist() == [1, 1, 1, 3, 3, 3]
-  assert found.prompt_attended[:, 0].tolist() == [False] * 3 + [True] * 3
-  assert found.weight.tolist() == [0, 1, 2, 3, 4, 5]
-  assert found.targets['goal'].tolist() == [1, 2, 12, 1, 2, 12]
+def test_every_pair_counts_once_by_the_product_of_its_weights():
+  # ½·¼ for (0, 1), ½·¼ for (0, 2), ¼·¼ for (1, 2); nothing on the diagonal or below it.
+  found = pairs.products(jnp.array([[0.5, 0.25, 0.25]]))
+  assert found.tolist() == [[[0, 0.125, 0.125], [0, 0, 0.0625], [0, 0, 0]]]
 
 
-def test_chosen_pairs_differ_by_prompt():
-  best, worst = jnp.array([[2], [0]]), jnp.array([[1], [2]])
-  found = pairs.examples(EXPERIENCE, best, worst, jnp.ones((2, 1)), ())
+def test_groups_keep_rows_together():
+  index = jnp.array([[2, 1], [0, 2]])
+  weight = jnp.array([[[0, 3.0], [0, 0]], [[0, 0.0], [0, 0]]])
+  found = pairs.examples(EXPERIENCE, index, weight, {'goal': weight + 1})
   assert found.responses.tolist() == [[[14, 15], [13, 0]], [[21, 0], [24, 25]]]
-  assert pairs.take(jnp.array([[1.0, 2, 3], [4, 5, 6]]), best).tolist() == [[3.0], [4.0]]
-  assert pairs.rows(EXPERIENCE.wins, worst).tolist() == [[[0.0, 0.25]], [[0.5, 0.0]]]
+  assert found.trained[0].tolist() == [[True, True], [True, False]]
+  assert found.attended[1].tolist() == [[True, False], [True, True]]
+  assert found.prompts.tolist() == [[0, 1], [2, 3]]
+  assert found.prompt_attended.tolist() == [[False, True], [True, True]]
+  assert found.weight.tolist() == [3, 0]
+  assert found.targets.goal['goal'].tolist() == (weight + 1).tolist()
+
+
+def test_selection_follows_the_index():
+  index = jnp.array([[2, 0]])
+  values = jnp.arange(9.0).reshape(1, 3, 3)
+  assert pairs.take(jnp.array([[1.0, 2, 3]]), index).tolist() == [[3.0, 1.0]]
+  assert pairs.between(values, index).tolist() == [[[8, 6], [2, 0]]]  # v22, v20; v02, v00
+  assert pairs.differences(jnp.array([3.0, 1.0])).tolist() == [[0, 2], [-2, 0]]
+
+
+def test_a_pair_mean_leaves_out_what_does_not_count():
+  weight = jnp.array([[[0, 1.0, 3.0], [0, 0, 0], [0, 0, 0]], jnp.zeros((3, 3))])
+  values = jnp.full((2, 3, 3), jnp.nan).at[0, 0, 1].set(2.0).at[0, 0, 2].set(6.0)
+  # (1·2 + 3·6)/4 = 5; a group without a pair that counts is 0, though its values are NaN.
+  assert pairs.mean(values, pairs.PairTargets(weight, ())).tolist() == [5.0, 0.0]
+
+
+def test_log_probs_are_of_whole_responses_off_the_padding():
+  index = jnp.array([[0, 1], [0, 1]])
+  found = pairs.examples(EXPERIENCE, index, jnp.ones((2, 2, 2)), ())
+  logp = jnp.array([[[-1.0, -2], [-4, jnp.nan]], [[-1, jnp.nan], [-2, -3]]])
+  # First prompt: -3 and -4; second: -1 and -5.
+  assert pairs.log_probs(logp, found)[:, 0, 1].tolist() == [1.0, 4.0]
 
 
 def test_single_examples():

@@ -1,0 +1,287 @@
+"""A run twice, broken off, gone on with, extended, and read by `generate`."""
+
+import functools
+import importlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import assemble, nash_md, train
+from experiments.launch import parse
+from rlhf_jax import checkpoints, loop, metrics
+
+# What carries the most from round to round: PPO's value head and adaptive weight, INPO's last
+# iterate, which here is also broken off in the middle of its three rounds.
+CARRIERS = {
+  'ppo': ('score', '--config.objective.adaptive_kl=0.01', '--config.objective.kl_horizon=8.0'),
+  'inpo': ('prefer', '--config.objective.rounds_per_iteration=3'),
+}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _no_pictures():
+  """test_configs looks at the pictures; drawing them is half of what a run costs here."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr('rlhf_jax.evaluation.report.plot_curves', lambda *_: [])
+    yield
+
+
+def flags(toy, name: str, workdir: Path, *changes: str) -> list[str]:
+  """Four rounds, a checkpoint every two."""
+  judge, *own = CARRIERS[name]
+  common = ['--config.rounds=4', '--config.checkpoint.every=2', '--config.evaluate.every=3']
+  return toy.flags(workdir, *common, *own, *changes, judge=judge)
+
+
+def final_state(argv: list[str], name: str) -> loop.RunState:
+  """The newest checkpoint of the run that `argv` describes."""
+  module = importlib.import_module(f'experiments.{name}')
+  config = parse(module.get_config(argv), argv)
+  parts = assemble.parts(config)
+  target = loop.start(parts.setup, jax.random.key(0), parts.policy, parts.policy)
+  return checkpoints.restore(Path(config.workdir) / 'checkpoints', target).state
+
+
+def rows(workdir: Path) -> list[dict]:
+  return metrics.read_rows(workdir / 'metrics.jsonl')
+
+
+def assert_same_run(toy, name: str, first: Path, second: Path) -> None:
+  """To the bit: figures, samples and everything in the last checkpoint."""
+  assert metrics.same_but_time(rows(first), rows(second))
+  assert (first / 'samples.jsonl').read_bytes() == (second / 'samples.jsonl').read_bytes()
+  states = [final_state(flags(toy, name, workdir), name) for workdir in (first, second)]
+  assert int(states[0].round) == 4
+  jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+@pytest.fixture(scope='module')
+def whole(toy, tmp_path_factory) -> Callable[[str], Path]:
+  """whole(name): the work directory of a run that was never stopped, made once."""
+
+  @functools.cache
+  def made(name: str) -> Path:
+    argv = flags(toy, name, tmp_path_factory.mktemp(name) / 'whole')
+    module = importlib.import_module(f'experiments.{name}')
+    config = parse(module.get_config(argv), argv)
+    train.run(config)
+    return Path(config.workdir)
+
+  return made
+
+
+@pytest.mark.parametrize('name', CARRIERS)
+def test_a_broken_run_goes_on_to_the_same_bits(toy, command, whole, tmp_path, monkeypatch, name):
+  never_stopped, broken = whole(name), tmp_path / 'broken'
+
+  # The third round is written and then the process dies: the newest checkpoint is of the second.
+  opened = metrics.open_progress
+
+  def dies(*arguments, **options):
+    progress = opened(*arguments, **options)
+
+    def update(completed, figures):
+      if completed == 3:
+        raise KeyboardInterrupt
+      progress.update(completed, figures)
+
+    return progress._replace(update=update)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(metrics, 'open_progress', dies)
+    done = command(name, *flags(toy, name, broken))
+  assert (done.code, done.error) == (1, 'interrupted')
+  assert [row['round'] for row in rows(broken)] == [0, 1, 2]
+  assert checkpoints.rounds(broken / 'checkpoints') == [2]
+  assert not (broken / 'report.md').exists()
+  with open(broken / 'metrics.jsonl', 'a') as file:
+    file.write('{"round": 3, "judge/rew')  # what a process killed in the middle of a row leaves
+
+  done = command(name, *flags(toy, name, broken))
+  assert done.code == 0, done.err
+  assert '2 of 4 rounds done' in done.err
+  assert [row['round'] for row in rows(broken)] == [0, 1, 2, 3]
+  assert_same_run(toy, name, never_stopped, broken)
+  assert (broken / 'report.md').exists()
+
+
+def test_a_seed_is_a_run(toy, command, whole, tmp_path):
+  done = command('ppo', *flags(toy, 'ppo', tmp_path / 'again'))
+  assert done.code == 0, done.err
+  assert_same_run(toy, 'ppo', whole('ppo'), tmp_path / 'again')
+  # Another seed is other prompts and other draws, from the first round on.
+  done = command('ppo', *flags(toy, 'ppo', tmp_path / 'other', '--config.seed=1', '--config.rounds=1'))
+  assert done.code == 0, done.err
+  first, other = rows(whole('ppo'))[0], rows(tmp_path / 'other')[0]
+  assert first['policy/entropy'] != other['policy/entropy']
+
+
+@pytest.fixture(scope='module')
+def finished(toy, tmp_path_factory) -> Path:
+  """A finished run of nash_md, three rounds."""
+  workdir = tmp_path_factory.mktemp('finished') / 'run'
+  argv = toy.flags(workdir, '--config.logging.samples=2')
+  train.run(parse(nash_md.get_config(argv), argv))
+  return workdir
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+  """Every file: when it was written and what it holds."""
+  files = sorted(path for path in folder.rglob('*') if path.is_file())
+  return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def test_a_finished_run_is_left_as_it_is(toy, command, finished):
+  before = contents(finished)
+  done = command('nash_md', *toy.flags(finished))
+  assert done.code == 0 and 'is finished: 3 rounds' in done.out and 'report.md' in done.out
+  assert contents(finished) == before
+
+
+@pytest.mark.parametrize(
+  ('flag', 'said'),
+  [
+    ('--config.objective.mixture=0.5', 'objective.mixture 0.125 there and 0.5 here'),
+    ('--config.seed=7', 'seed 0 there and 7 here'),
+    ('--config.optimizer.learning_rate=0.5', 'optimizer.learning_rate 0.01 there and 0.5 here'),
+  ],
+)
+def test_another_config_is_refused_by_its_key(toy, command, finished, flag, said):
+  before = contents(finished)
+  done = command('nash_md', *toy.flags(finished, flag))
+  assert done.code == 1 and said in done.error and str(finished) in done.error
+  assert contents(finished) == before
+  done = command('ppo', *toy.flags(finished))
+  assert done.code == 1 and "objective.name 'nash_md' there and 'ppo' here" in done.error
+
+
+def test_rounds_may_be_added(toy, command, finished, tmp_path):
+  workdir = tmp_path / 'longer'
+  shutil.copytree(finished, workdir)
+  before = rows(workdir)
+  longer = ['--config.rounds=4', '--config.checkpoint.every=1', '--config.logging.samples=1']
+  done = command('nash_md', *toy.flags(workdir, *longer))
+  assert done.code == 0, done.err
+  assert rows(workdir)[:3] == before and [row['round'] for row in rows(workdir)] == [0, 1, 2, 3]
+  assert json.loads((workdir / 'config.json').read_text())['rounds'] == 4
+  assert 'Rounds 0 to 3' in (workdir / 'report.md').read_text()
+  assert 'round 4/4' in done.err.splitlines()[-1]
+
+
+def test_an_extension_that_broke_off_is_not_taken_for_finished(
+  toy, command, finished, tmp_path, monkeypatch
+):
+  workdir, longer = tmp_path / 'longer', '--config.rounds=4'
+  shutil.copytree(finished, workdir)
+
+  def dies(*_, **__):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr('rlhf_jax.evaluation.report.write_report', dies)
+    assert command('nash_md', *toy.flags(workdir, longer)).error == 'interrupted'
+  done = command('nash_md', *toy.flags(workdir, longer))  # all rounds are there, the report is not
+  assert done.code == 0 and 'is finished' not in done.out
+  assert 'Rounds 0 to 3' in (workdir / 'report.md').read_text()
+
+
+def test_a_resume_under_other_versions_says_so(toy, command, finished, tmp_path):
+  workdir = tmp_path / 'older'
+  shutil.copytree(finished, workdir)
+  manifest = json.loads((workdir / 'manifest.json').read_text())
+  manifest['versions']['jax'] = '0.0.1'
+  (workdir / 'manifest.json').write_text(json.dumps(manifest))
+  with pytest.warns(UserWarning, match=r"resumed under another versions: .*'jax': '0\.0\.1'"):
+    assert command('nash_md', *toy.flags(workdir, '--config.rounds=4')).code == 0
+
+
+def test_a_damaged_checkpoint_does_not_pass_for_a_run(toy, command, finished, tmp_path):
+  workdir = tmp_path / 'damaged'
+  shutil.copytree(finished, workdir)
+  largest = max((workdir / 'checkpoints' / '3').rglob('*'), key=lambda path: path.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[:-1])
+  done = command('nash_md', *toy.flags(workdir, '--config.rounds=4'))
+  assert done.code == 1 and 'checkpoints/3 is damaged' in done.error
+
+
+# --- figures elsewhere ---------------------------------------------------------------------------
+
+
+def test_tensorboard_receives_the_same_figures(toy, command, tmp_path):
+  pytest.importorskip('tensorboardX', reason='the tensorboard extra is not installed')
+  from tensorboardX.proto import event_pb2
+  from tensorboardX.record_writer import masked_crc32c
+
+  done = command('nash_md', *toy.flags(tmp_path / 'run', '--config.logging.tensorboard=true'))
+  assert done.code == 0, done.err
+  (file,) = (tmp_path / 'run' / 'tensorboard').glob('events.*')
+  data, at, found = file.read_bytes(), 0, {}
+  while at < len(data):  # a record: u64 length, u32 checksum, the event, u32 checksum
+    size = int.from_bytes(data[at : at + 8], 'little')
+    body = data[at + 12 : at + 12 + size]
+    checksum = int.from_bytes(data[at + 12 + size : at + 16 + size], 'little')
+    assert checksum == masked_crc32c(body)
+    event = event_pb2.Event.FromString(body)
+    found |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+    at += 16 + size
+  expected = {
+    (row['round'], name): value
+    for row in rows(tmp_path / 'run')
+    for name, value in row.items()
+    if name != 'round'
+  }
+  assert len(expected) > 30 and found == expected  # both keep float32, so to the bit
+
+
+def test_wandb_offline_takes_the_figures(toy, command, tmp_path, monkeypatch):
+  pytest.importorskip('wandb', reason='the wandb extra is not installed')
+  monkeypatch.setenv('WANDB_MODE', 'offline')
+  done = command('nash_md', *toy.flags(tmp_path / 'run', '--config.logging.wandb=true'))
+  assert done.code == 0, done.err
+  assert list((tmp_path / 'run' / 'wandb').glob('offline-run-*/*.wandb'))
+
+
+# --- generate ------------------------------------------------------------------------------------
+
+
+def test_generate_prints_samples_of_a_run(command, finished):
+  wanted = [f'--config.run={finished}', '--config.count=3', '--config.sampling.max_tokens=6']
+  done = command('generate', *wanted, '--config.json=true')
+  assert done.code == 0, done.err
+  found = [json.loads(line) for line in done.out.splitlines()]  # JSON lines and nothing else
+  assert [row['prompt'] for row in found] == ['the cat likes', 'a dog finds the', 'the sun']
+  assert all(len(row['responses']) == 2 for row in found)
+  assert command('generate', *wanted, '--config.json=true').out == done.out
+
+  plain = command('generate', *wanted).out
+  assert plain.startswith('> the cat likes\n  1.') and plain.count('\n  2.') == 3
+  newest = command('generate', *wanted, '--config.json=true', '--config.best=false')
+  assert newest.code == 0, newest.err
+  assert len(newest.out.splitlines()) == 3
+
+
+def test_generate_prints_samples_of_a_directory(toy, command):
+  done = command(
+    'generate',
+    f'--config.policy.checkpoint={toy.checkpoint}',
+    '--config.prompt=the big dog',
+    '--config.responses=2',
+    '--config.sampling.max_tokens=6',
+    '--config.sampling.temperature=0',
+    '--config.json=true',
+  )
+  assert done.code == 0, done.err
+  (row,) = map(json.loads, done.out.splitlines())
+  assert row['prompt'] == 'the big dog'
+  assert row['responses'][0] == row['responses'][1]  # temperature 0 takes the likeliest
+
+
+def test_generate_refuses_what_is_no_run(command, tmp_path):
+  done = command('generate', f'--config.run={tmp_path}')
+  assert (done.code, done.out) == (1, '')
+  assert f'{tmp_path} is no run' in done.error
