@@ -2,10 +2,11 @@
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import optax
 from ml_collections import ConfigDict
 
@@ -20,6 +21,17 @@ from rlhf_jax.reviews import grammar, reference
 from rlhf_jax.types import Params, Prompts, Sampling
 
 EVALUATED = 256  # most held-out prompts answered in one batch
+LEAST = {
+  'rounds': 1,
+  'evaluate.every': 1,
+  'evaluate.responses': 1,
+  'evaluate.gap_prompts': 0,
+  'evaluate.gap_samples': 1,
+  'checkpoint.every': 1,
+  'checkpoint.keep': 1,
+  'logging.samples': 0,
+  'optimizer.warmup': 0,
+}
 
 
 class Parts(NamedTuple):
@@ -55,14 +67,15 @@ def objective(config: ConfigDict) -> Objective:
 
 
 def sampling(config: ConfigDict) -> Sampling:
-  """Checked sampling settings."""
+  """Checked sampling settings, on the host: comparing them there compiles nothing."""
   values = config.sampling
-  return actor.sampling(
+  settings = actor.sampling(
     temperature=values.temperature,
     top_k=values.top_k,
     top_p=values.top_p,
     budget=values.max_tokens,
   )
+  return jax.device_get(settings)
 
 
 def schedule(config: ConfigDict) -> learner.Schedule:
@@ -104,28 +117,27 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
   )
 
 
-def check_counts(config: ConfigDict) -> None:
+def check_least(config: ConfigDict, least: Mapping[str, int]) -> None:
   """Refuse a count that would stop the run only once it is used.
 
   Raises:
     ValueError: one is below its least value.
   """
-  least = {
-    'rounds': 1,
-    'evaluate.every': 1,
-    'evaluate.responses': 1,
-    'evaluate.gap_prompts': 0,
-    'evaluate.gap_samples': 1,
-    'checkpoint.every': 1,
-    'checkpoint.keep': 1,
-    'logging.samples': 0,
-    'optimizer.warmup': 0,
-  }
   for name, value in least.items():
     head, _, key = name.rpartition('.')
     found = config[head][key] if head else config[key]
     if found < value:
       raise ValueError(f'{name} must be at least {value}, got {found}')
+
+
+def check_batch(config: ConfigDict, devices: int) -> None:
+  """Refuse a batch that does not divide over the devices.
+
+  Raises:
+    ValueError: it does not, or is below 1.
+  """
+  if config.batch < 1 or config.batch % devices:
+    raise ValueError(f'batch must be a multiple of the {devices} devices, got {config.batch}')
 
 
 def say(line: str) -> None:
@@ -139,11 +151,10 @@ def parts(config: ConfigDict) -> Parts:
   Raises:
     ValueError: see each part; nothing has been compiled or written.
   """
-  check_counts(config)
+  check_least(config, LEAST)
   chosen, settings, spending = objective(config), sampling(config), schedule(config)
   optimiser, mesh = optimizer(config), sharding.data_mesh()
-  if config.batch < 1 or config.batch % mesh.size:
-    raise ValueError(f'batch must be a multiple of the {mesh.size} devices, got {config.batch}')
+  check_batch(config, mesh.size)
   by_function = config.judge.checkpoint is None
   function = programmatic.load(config.judge.function) if by_function else None
   if function is None:

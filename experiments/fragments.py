@@ -15,8 +15,8 @@ def experiment(name: str, *, judge: str, **objective) -> ConfigDict:
   config.workdir = f'runs/{name}'  # resumes what it finds there
   config.seed = 0
   config.rounds = 60
-  config.batch = 32  # prompts a round
-  config.responses = 4  # per prompt
+  config.batch = 64  # prompts a round
+  config.responses = 8  # per prompt
   config.opponents = 4  # per prompt, where the objective has an opponent that writes
   config.objective = ConfigDict({'name': name, **objective})
   config.sampling = ConfigDict({'max_tokens': 24, 'temperature': 1.0, 'top_k': 0, 'top_p': 1.0})
@@ -28,7 +28,7 @@ def experiment(name: str, *, judge: str, **objective) -> ConfigDict:
   config.judge.function = judge  # module:function or FILE.py:function
   config.judge.checkpoint = placeholder(str)  # a reward model's directory, in place of a function
   config.judge.link = 'bradley_terry'  # from rewards to wins; or 'compare': 1, half, 0
-  config.optimizer = optimizer(learning_rate=1e-3)
+  config.optimizer = optimizer(learning_rate=5e-4)
   config.learner = ConfigDict({'passes': 1, 'minibatches': 1, 'microbatches': 1})
   config.evaluate = ConfigDict()
   config.evaluate.every = 20  # rounds; also the first and the last

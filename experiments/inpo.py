@@ -12,7 +12,7 @@ def get_config(argv: list[str]):
   return fragments.experiment(
     'inpo',
     judge=fragments.RATERS,
-    kl_weight=0.1,
+    kl_weight=0.05,
     step_weight=0.5,  # c, an inverse step size
     rounds_per_iteration=5,
     pairing='all',  # or 'best_worst', the paper's recipe

@@ -11,7 +11,7 @@ from experiments.launch import launch
 
 def get_config(argv: list[str]):
   del argv
-  return fragments.experiment('nash_md', judge=fragments.RATERS, kl_weight=0.1, mixture=0.125)
+  return fragments.experiment('nash_md', judge=fragments.RATERS, kl_weight=0.05, mixture=0.125)
 
 
 if __name__ == '__main__':

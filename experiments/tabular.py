@@ -45,8 +45,8 @@ OBJECTIVES = {
   },
   'nash_md': {'kl_weight': 0.1, 'mixture': 0.125},
   'inpo': {'kl_weight': 0.1, 'step_weight': 1.0, 'rounds_per_iteration': 20, 'pairing': 'all'},
-  'dno': {'step_weight': 0.25, 'rounds_per_iteration': 300},
-  'dno_prct': {'step_weight': 0.25, 'rounds_per_iteration': 300, 'margin': 0.1},
+  'dno': {'step_weight': 0.25, 'rounds_per_iteration': 500},
+  'dno_prct': {'step_weight': 0.25, 'rounds_per_iteration': 500, 'margin': 0.1},
   'vbon': {'best_of': 4, 'form': 'exact'},
 }
 
@@ -59,12 +59,15 @@ def get_config(argv: list[str]) -> ConfigDict:
   config.exact = False
   config.tokens = 1  # per action
   config.seed = 0
-  config.rounds = 1500
-  config.batch = 64  # prompts a round; the games in turn
+  # Nothing pulls DNO back: the noise of an iteration stays in all that follow.
+  patient = name in ('dno', 'dno_prct')
+  config.rounds = 1500 if patient else 1000
+  config.batch = placeholder(int)  # prompts a round, the games in turn; default: `copies` of each
+  config.copies = 256 if patient else 64
   config.responses = 8
   config.opponents = 32 if name == 'vbon' else 8
   config.link = 'compare' if name == 'vbon' else 'bradley_terry'  # from a game's rewards to wins
-  config.optimizer = fragments.optimizer(learning_rate=0.05)
+  config.optimizer = fragments.optimizer(learning_rate=0.02 if patient else 0.05)
   config.learner = ConfigDict({'passes': 1, 'minibatches': 1, 'microbatches': 1})
   config.workdir = placeholder(str)  # metrics.jsonl, when given
   return config
@@ -82,6 +85,11 @@ def run(config: ConfigDict) -> None:
     played, single = [games.random_game(0, 8, 'rewards') if rewarded else games.g1()], True
   if config.tokens not in (1, 2):
     raise ValueError(f'tokens must be 1 or 2, got {config.tokens}')
+  mesh = sharding.data_mesh()
+  assemble.check_least(config, {'rounds': 1, 'copies': 1, 'optimizer.warmup': 0})
+  if config.batch is None:
+    config.batch = config.copies * len(played)
+  assemble.check_batch(config, mesh.size)
   rounds_per_iteration = config.objective.get('rounds_per_iteration') or config.rounds
   iterations = math.ceil(config.rounds / rounds_per_iteration)
   hyperparameters = {**config.objective, 'link': config.link}
@@ -90,7 +98,6 @@ def run(config: ConfigDict) -> None:
   model = table.table(played, config.tokens)
   spellings = table.spell(max(game.reference.size for game in played), config.tokens)
   enumerate_ = exact.enumerator(model, spellings)
-  mesh = sharding.data_mesh()
   batch = len(played) if config.exact else config.batch
   if config.exact:
     sample = enumerate_

@@ -6,14 +6,14 @@ A prompt names a subject and what to speak of, `review the cafe : speak of the p
   colour    a concrete detail, a story or a comparison; specific or vague; at most two of them
   advice    go or stay away
 
-with one colour possibly ahead of the opinion, 5 to 23 words and an end token. Every choice shows
-in the text, so each review has one derivation and its probability is exact (`log_probability`),
-and the choices that the features see are few enough to list with their probabilities (`law`).
+with one colour possibly ahead of the opinion, 5 to 23 words and an end token:
+
+  someone sang here once . perhaps the cafe price is good but the staff is dull . go early .
+
+Every choice shows in the text, so each review has one derivation. `law.py` has the exact law.
 """
 
 import itertools
-import math
-from collections.abc import Iterable
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -108,14 +108,6 @@ class Features(NamedTuple):
   advice: Any  # 1 go, -1 stay away, 0 none
 
 
-class Law(NamedTuple):
-  """The exact law of the features under the grammar; the same for every prompt."""
-
-  features: Features  # of i64[n] arrays; classes pairwise different
-  probabilities: np.ndarray  # f64[n]; sums to 1
-  surprisal: np.ndarray  # f64[n]; -log probability of each text in the class: all are equally likely
-
-
 class Review(NamedTuple):
   """A parsed response: the parts that were understood and how many sentences were not."""
 
@@ -150,16 +142,6 @@ def sample(rng: np.random.Generator, n: int) -> list[tuple[str, str]]:
   asked = prompts()
   chosen = rng.integers(len(asked), size=n)
   return [(asked[i], _respond(rng, asked[i])) for i in chosen]
-
-
-def respond(rng: np.random.Generator, prompt: str) -> str:
-  """One response to `prompt`, drawn from the grammar's law.
-
-  Raises:
-    ValueError: `prompt` is none of `prompts()`.
-  """
-  _read_prompt(prompt)
-  return _respond(rng, prompt)
 
 
 def _respond(rng: np.random.Generator, prompt: str) -> str:
@@ -249,6 +231,17 @@ def _tone(adjective: str) -> int:
   return next(tone for tone, words in ADJECTIVES.items() if adjective in words)
 
 
+def _sentences(response: str) -> list[tuple[str, ...]]:
+  """The words up to each full stop, and last those after the last one: () where all is closed."""
+  sentences: list[tuple[str, ...]] = [()]
+  for word in response.split():
+    if word == '.':
+      sentences.append(())
+    else:
+      sentences[-1] += (word,)
+  return sentences
+
+
 def _read_opinion(words: tuple[str, ...]) -> tuple[Any, Any] | None:
   """The two halves of an opinion, the second None where there is none; None if it is no opinion."""
   manner = words[0] if words[0] in MANNERS else None
@@ -283,12 +276,11 @@ def parse(prompt: str, response: str) -> Review:
     ValueError: `prompt` is none of `prompts()`.
   """
   subject, _ = _read_prompt(prompt)
-  *sentences, tail = ' '.join(response.split()).split('.')
-  slips = int(bool(tail.strip()))
+  *sentences, tail = _sentences(response)
+  slips = int(bool(tail))
   opinion, second, leads, advice = None, None, False, 0
   colours: list[tuple[int, bool, tuple[str, ...]]] = []
-  for sentence in sentences:
-    words = tuple(sentence.split())
+  for words in sentences:
     read = _read_opinion(words) if words else None
     colour = next(
       ((*kind, drawn) for kind, p in COLOURS.items() if (drawn := _match(words, p)) is not None),
@@ -347,157 +339,3 @@ def features(prompt: str, response: str) -> Features:
     repeats=min(repeats, 2),
     advice=review.advice,
   )
-
-
-# ---- the exact law ---------------------------------------------------------------------------
-
-Rows = list[tuple[dict[str, int], float, float]]  # what is added to the features, p, surprisal
-
-
-def _opinion_rows(on_asked: bool, tone: int) -> Rows:
-  words = math.log(len(ADJECTIVES[tone])) + (0 if on_asked else math.log(len(ASPECTS) - 1))
-  rows = []
-  for (subject, a), (manner, b), stressed in itertools.product(
-    NAMED.items(), enumerate(MANNER), (0, 1)
-  ):
-    p = a * b * (STRESSED if stressed else 1 - STRESSED)
-    named = math.log(len(SUBJECTS) - 1) if subject == -1 else 0
-    fields = {'subject': subject, 'manner': manner, 'stressed': stressed}
-    rows.append((fields, p, words + named - math.log(p)))
-  return rows
-
-
-def _second_rows(on_asked: bool, tone: int) -> Rows:
-  rows = []
-  others = len(ASPECTS) - 1
-  for asked, opposite, fits, size in itertools.product((0, 1), (0, 1), (0, 1), (1, 2)):
-    other_sign = OPPOSITE[1 if tone > 0 else -1]
-    p = (other_sign if opposite else 1 - other_sign) / 2
-    p *= FITTING_JOIN if fits else 1 - FITTING_JOIN
-    p *= SECOND_ON_ASKED if asked else 1 - SECOND_ON_ASKED
-    adjectives = len(ADJECTIVES[size])
-    surprisal = math.log(adjectives * (1 if asked else others) / p)
-    fields = {'asked': asked * (not on_asked), 'contrast': 1 + opposite, 'joined': fits - 1}
-    same_aspect = float(asked) if on_asked else 0 if asked else 1 / others
-    same_adjective = 0 if opposite or size != abs(tone) else 1 / adjectives
-    for echoed, repeats in itertools.product((0, 1), (0, 1)):
-      share = (same_aspect if echoed else 1 - same_aspect) * (
-        same_adjective if repeats else 1 - same_adjective
-      )
-      if share:
-        rows.append(({**fields, 'echoed': echoed, 'repeats': repeats}, p * share, surprisal))
-  return rows
-
-
-def _count_law(chances: Iterable[float]) -> list[float]:
-  """The law of how many of some independent events happen: 0, 1, 2 and more."""
-  law = [1.0, 0.0, 0.0]
-  for q in chances:
-    law = [law[0] * (1 - q), law[0] * q + law[1] * (1 - q), law[1] * q + law[2]]
-  return law
-
-
-def _slots(style: int, specific: bool) -> list[tuple[str, ...]]:
-  return [part for part in COLOURS[style, specific] if isinstance(part, tuple)]
-
-
-def _size(slot: tuple[str, ...]) -> int:
-  return len(slot) - (slot is SUBJECTS)  # nothing is compared with the prompt's own subject
-
-
-def _colour_rows(count: int) -> Rows:
-  """One or two colours; words drawn alike in two of one style are told apart by `repeats`."""
-  rows = []
-  for leads, first, second, *specific in itertools.product(
-    (0, 1), (1, 2, 3), (1, 2, 3) if count == 2 else (0,), (1, 0), (1, 0) if count == 2 else (0,)
-  ):
-    p = (LEADS if leads else 1 - LEADS) * FIRST_STYLE[first - 1]
-    kinds = list(zip((first, second)[:count], specific, strict=False))
-    for _, exact in kinds:
-      p *= SPECIFIC if exact else 1 - SPECIFIC
-    if count == 2:
-      p *= SAME_STYLE if first == second else (1 - SAME_STYLE) / 2
-    slots = [_slots(style, bool(exact)) for style, exact in kinds]
-    surprisal = sum(math.log(_size(slot)) for part in slots for slot in part) - math.log(p)
-    shared = [slot for slot in slots[0] if count == 2 and slot in slots[1]]
-    signed = [style if exact else -style for style, exact in kinds] + [0]
-    for repeats, share in enumerate(_count_law([1 / _size(slot) for slot in shared])):
-      fields = {'leads': leads, 'first': signed[0], 'second': signed[1], 'repeats': repeats}
-      if share:
-        rows.append((fields, p * share, surprisal))
-  return rows
-
-
-def _advice_rows(tone: int) -> Rows:
-  rows: Rows = [({}, 1 - ADVISES, -math.log(1 - ADVISES))]
-  for sign, pattern in ADVICE.items():
-    p = ADVISES * (CONSISTENT if sign * tone > 0 else 1 - CONSISTENT)
-    rows.append(({'advice': sign}, p, math.log(math.prod(map(len, pattern)) / p)))
-  return rows
-
-
-def _product(blocks: list[Rows]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Independent blocks together: features and surprisals add, probabilities multiply."""
-  fields = np.zeros((1, len(Features._fields)), np.int64)
-  p, surprisal = np.ones(1), np.zeros(1)
-  for rows in blocks:
-    added = np.array([[row.get(name, 0) for name in Features._fields] for row, _, _ in rows])
-    fields = (fields[:, None] + added).reshape(-1, fields.shape[1])
-    p = np.outer(p, [q for _, q, _ in rows]).ravel()
-    surprisal = np.add.outer(surprisal, [s for _, _, s in rows]).ravel()
-  return fields, p, surprisal
-
-
-@cache
-def law() -> Law:
-  """Every class of reviews that the features tell apart, with its exact probability."""
-  parts = []
-  for on_asked, tone, (colours, two_sided) in itertools.product((True, False), TONE, SHAPE):
-    p = (ON_ASKED if on_asked else 1 - ON_ASKED) * TONE[tone] * SHAPE[colours, two_sided]
-    blocks: list[Rows] = [
-      [({'asked': 2 * on_asked, 'tone': tone, 'joined': 1}, p, -math.log(p))],
-      _opinion_rows(on_asked, tone),
-      _advice_rows(tone),
-    ]
-    if two_sided:
-      blocks.append(_second_rows(on_asked, tone))
-    if colours:
-      blocks.append(_colour_rows(colours))
-    parts.append(_product(blocks))
-  fields, p, surprisal = (np.concatenate(part) for part in zip(*parts, strict=True))
-  at, index = distinct(fields)
-  return Law(Features(*fields[at].T), np.bincount(index, p), surprisal[at])
-
-
-def distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Where each distinct row of [n, k] stands, and which of them every row is; as np.unique, faster.
-
-  Returns:
-    (at i[m], index i[n]): rows[at][index] = rows.
-  """
-  order = np.lexsort(rows.T)
-  ordered = rows[order]
-  new = np.concatenate([[True], (ordered[1:] != ordered[:-1]).any(1)])
-  index = np.empty(len(rows), int)
-  index[order] = np.cumsum(new) - 1
-  return order[new], index
-
-
-@cache
-def _surprisals() -> dict[Features, float]:
-  rows = zip(*law().features, strict=True)
-  return {Features(*map(int, row)): s for row, s in zip(rows, law().surprisal, strict=True)}
-
-
-def entropy() -> float:
-  """H(response | prompt) of the grammar, nats a response; the same for every prompt."""
-  return float(law().probabilities @ law().surprisal)
-
-
-def log_probability(prompt: str, response: str) -> float:
-  """log p(response | prompt) under the grammar, nats; -inf for what it cannot write.
-
-  Raises:
-    ValueError: `prompt` is none of `prompts()`.
-  """
-  return -_surprisals().get(features(prompt, response), math.inf)

@@ -4,6 +4,7 @@ No begin token is added: every prompt opens with the same word, so there is alwa
 attend to. An end token closes a response; the actor and the trainer add it, `encode` does not.
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -15,13 +16,17 @@ PAD, END, UNKNOWN = '<pad>', '<end>', '<unk>'  # ids 0, 1, 2
 PAD_ID, END_ID, UNKNOWN_ID = 0, 1, 2
 
 
+@functools.cache
+def vocabulary() -> dict[str, int]:
+  """Every token's id: the special ones first, then the grammar's words in order."""
+  return {word: i for i, word in enumerate([PAD, END, UNKNOWN, *grammar.words()])}
+
+
 def tokenizer() -> Tokenizer:
-  """Words split at white space; what the grammar does not know becomes <unk>."""
-  special = [PAD, END, UNKNOWN]
-  vocabulary = {word: i for i, word in enumerate([*special, *grammar.words()])}
-  made = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+  """Words split at white space, tokens joined by one space; an unknown word becomes <unk>."""
+  made = Tokenizer(models.WordLevel(vocabulary(), unk_token=UNKNOWN))
   made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-  made.add_special_tokens(special)
+  made.add_special_tokens([PAD, END, UNKNOWN])
   return made
 
 

@@ -19,7 +19,10 @@ from rlhf_jax.models import decoder, huggingface
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / 'experiments'
 SPECIAL = ('<pad>', '<end>', '<unk>')
-WORDS = 'the a cat dog sun joy rain mud sees likes hates finds big small and'.split()
+WORDS = (
+  *('the', 'a', 'cat', 'dog', 'sun', 'joy', 'rain', 'mud'),
+  *('sees', 'likes', 'hates', 'finds', 'big', 'small', 'and'),
+)
 CONTEXT = 64
 PROMPTS = (
   'the cat likes',
@@ -92,6 +95,7 @@ class Toy(NamedTuple):
       'opponents': 2,
       'sampling.max_tokens': 6,
       'optimizer.learning_rate': 0.01,
+      'optimizer.schedule': 'constant',  # else the update is another for each number of rounds
       'evaluate.prompts': 2,
       'evaluate.responses': 2,
       'evaluate.gap_prompts': 2,
@@ -113,33 +117,27 @@ class Outcome(NamedTuple):
     return self.err.splitlines()[-1]
 
 
-def write_model(directory: Path, vocabulary: int, words: list[str]) -> Path:
-  """A model of `vocabulary` tokens beside a tokenizer of `words`."""
-  tokenizer = directory.with_name(f'{directory.name}_tokenizer')
-  tokenizer.mkdir(parents=True)
-  ids = {word: i for i, word in enumerate([*SPECIAL, *words])}
-  made = Tokenizer(models.WordLevel(ids, unk_token='<unk>'))
-  made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-  made.add_special_tokens(list(SPECIAL))
-  made.save(str(tokenizer / 'tokenizer.json'))
-  for name in ('config.json', 'generation_config.json'):
-    (tokenizer / name).write_text(json.dumps({'pad_token_id': 0, 'eos_token_id': 1}))
-  config = decoder.tiny(vocabulary, layers=1, context=CONTEXT)
-  params = decoder.decoder(config).init(jax.random.key(0))
-  huggingface.write_model(directory, config, params, tokenizer)
-  return directory
-
-
 @pytest.fixture(scope='session')
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
   """The small model, prompts and judges, made once."""
   folder = tmp_path_factory.mktemp('toy')
-  (folder / 'prompts.jsonl').write_text(
-    ''.join(json.dumps({'prompt': text}) + '\n' for text in PROMPTS)
-  )
+  ids = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+  tokenizer = Tokenizer(models.WordLevel(ids, unk_token='<unk>'))
+  tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  tokenizer.add_special_tokens(list(SPECIAL))
+  (folder / 'tokenizer').mkdir()
+  tokenizer.save(str(folder / 'tokenizer' / 'tokenizer.json'))
+  for name in ('config.json', 'generation_config.json'):
+    (folder / 'tokenizer' / name).write_text(json.dumps({'pad_token_id': 0, 'eos_token_id': 1}))
+
+  config = decoder.tiny(len(ids), layers=1, context=CONTEXT)
+  params = decoder.decoder(config).init(jax.random.key(0))
+  huggingface.write_model(folder / 'model', config, params, folder / 'tokenizer')
+
+  prompts = ''.join(json.dumps({'prompt': text}) + '\n' for text in PROMPTS)
+  (folder / 'prompts.jsonl').write_text(prompts)
   (folder / 'judges.py').write_text(JUDGES)
-  model = write_model(folder / 'model', len(SPECIAL) + len(WORDS), WORDS)
-  return Toy(model, folder / 'prompts.jsonl', folder / 'judges.py')
+  return Toy(folder / 'model', folder / 'prompts.jsonl', folder / 'judges.py')
 
 
 @pytest.fixture

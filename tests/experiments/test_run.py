@@ -32,9 +32,10 @@ def _no_pictures():
 
 
 def flags(toy, name: str, workdir: Path, *changes: str) -> list[str]:
-  """Four rounds, a checkpoint every two."""
+  """Four rounds, a checkpoint every two, a learning rate that falls with the round."""
   judge, *own = CARRIERS[name]
   common = ['--config.rounds=4', '--config.checkpoint.every=2', '--config.evaluate.every=3']
+  common.append('--config.optimizer.schedule=linear')
   return toy.flags(workdir, *common, *own, *changes, judge=judge)
 
 
@@ -115,7 +116,9 @@ def test_a_seed_is_a_run(toy, command, whole, tmp_path):
   assert done.code == 0, done.err
   assert_same_run(toy, 'ppo', whole('ppo'), tmp_path / 'again')
   # Another seed is other prompts and other draws, from the first round on.
-  done = command('ppo', *flags(toy, 'ppo', tmp_path / 'other', '--config.seed=1', '--config.rounds=1'))
+  done = command(
+    'ppo', *flags(toy, 'ppo', tmp_path / 'other', '--config.seed=1', '--config.rounds=1')
+  )
   assert done.code == 0, done.err
   first, other = rows(whole('ppo'))[0], rows(tmp_path / 'other')[0]
   assert first['policy/entropy'] != other['policy/entropy']

@@ -63,8 +63,8 @@ def test_sampling_is_a_function_of_the_seed():
   assert len({response for _, response in first}) == 50
   # Pinned, so that no machine and no version draws anything else.
   assert first[0] == (
-    'review the zoo : speak of the food',
-    'honestly the castle charm is tired . it copies most others .',
+    'review the island : speak of the food',
+    'someone danced here once . honestly the island food is stale . come early .',
   )
 
 
@@ -181,15 +181,42 @@ def test_samples_follow_the_law(seen):
   assert 1 < worst < 4.5  # of about a thousand numbers, the largest is near 3.5
 
 
-def test_one_probability_by_hand():
-  # on the asked aspect .5, no subject .4, plain .5, not stressed .7, mild praise .3, one of six
-  # words; neither colour nor second half .05; no advice .3
-  p = 0.5 * 0.4 * 0.5 * 0.7 * 0.3 / 6 * 0.05 * 0.3
-  assert law.log_probability(CAFE, 'the price is good .') == pytest.approx(math.log(p), abs=1e-12)
-  # and with a vague detail behind it: shape .25, not ahead .65, detail .6, vague .5, one of 16
-  p *= 0.25 / 0.05 * 0.65 * 0.6 * 0.5 / 16
-  text = 'the price is good . it has many lamps .'
-  assert law.log_probability(CAFE, text) == pytest.approx(math.log(p), abs=1e-12)
+# asked aspect .5, no subject .4, plain .5, not stressed .7, mild praise .3, one of six words;
+# no advice .3
+OPINION = 0.5 * 0.4 * 0.5 * 0.7 * 0.3 / 6 * 0.3
+
+
+@pytest.mark.parametrize(
+  ('response', 'p'),
+  [
+    # neither colour nor second half .05
+    ('the price is good .', OPINION * 0.05),
+    # advice instead of none, of the opinion's sign, one of 4 x 4
+    ('the price is good . go soon .', OPINION * 0.05 / 0.3 * 0.7 * 0.75 / 16),
+    # one of the 23 wrong subjects, instead of none
+    ('the zoo price is good .', OPINION * 0.05 / 0.4 * 0.2 / 23),
+    # one of the 7 other aspects
+    ('the view is good .', OPINION * 0.05 / 7),
+    # one colour .25, not ahead .65; a detail .6, vague .5, one of 16 things
+    ('the price is good . it has many lamps .', OPINION * 0.25 * 0.65 * 0.6 * 0.5 / 16),
+    # ahead .35; a comparison .2, specific .5, 10 verbs x 10 sizes x 23 other subjects
+    ('it tops the old zoo . the price is good .', OPINION * 0.25 * 0.35 * 0.2 * 0.5 / 2300),
+    # and two of one style .5, the second one vague .5
+    (
+      'the price is good . it tops the old zoo . it tops most others .',
+      OPINION * 0.25 * 0.65 * 0.2 * 0.5 / 2300 * 0.5 * 0.5 / 10,
+    ),
+    # a second half .1, on the asked aspect .25, of the other sign .8, mild .5, one of six; but .85
+    ('the price is good but the price is dull .', OPINION * 0.1 * 0.25 * 0.8 * 0.5 / 6 * 0.85),
+    # on one of the 7 others .75, of the same sign .2, joined wrongly .15
+    (
+      'the price is good but the view is fine .',
+      OPINION * 0.1 * 0.75 / 7 * 0.2 * 0.5 / 6 * 0.15,
+    ),
+  ],
+)
+def test_probabilities_by_hand(response, p):
+  assert law.log_probability(CAFE, response) == pytest.approx(math.log(p), abs=1e-12)
 
 
 def test_entropy_is_the_mean_surprisal(pairs):

