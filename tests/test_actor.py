@@ -16,6 +16,8 @@ from rlhf_jax import actor, players, sharding
 from rlhf_jax.models import decoder as decoders
 from rlhf_jax.models.base import LanguageModel
 
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
+
 V, T = 19, 6
 POLICY, REFERENCE = players.POLICY, players.REFERENCE
 KEY = jax.random.key(7)

@@ -14,6 +14,8 @@ from rlhf_jax.tabular import table
 from rlhf_jax.tabular.games import Game
 from rlhf_jax.types import Experience, Outputs, Prompts, Responses
 
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
+
 LAW = np.array([0.4, 0.3, 0.2, 0.1])
 MODEL = table.table([Game(reference=LAW, wins=None, rewards=LAW)])
 NASH_MD = OBJECTIVES['nash_md'](kl_weight=0.1, mixture=0.25)

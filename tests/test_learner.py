@@ -15,6 +15,8 @@ from rlhf_jax.tabular import table
 from rlhf_jax.tabular.games import Game
 from rlhf_jax.types import Examples
 
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
+
 EVEN = Game(reference=np.array([0.5, 0.5]), wins=None, rewards=np.zeros(2))
 
 

@@ -21,6 +21,8 @@ from rlhf_jax.objectives import OBJECTIVES
 from rlhf_jax.tabular import games, judge, table
 from rlhf_jax.types import Prompts
 
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
+
 BATCH, RESPONSES = 8, 4
 PLAYED = [games.random_game(0, 5, 'rewards'), games.random_game(1, 4, 'rewards')]
 MODEL = table.table(PLAYED, 2)
@@ -393,6 +395,7 @@ def on_devices():
   if cache:
     jax.config.update('jax_compilation_cache_dir', cache)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  jax.config.update('jax_disable_most_optimizations', True)
   print(json.dumps({name: summary(name, 8) for name in ('nash_md', 'ppo')}))
 
 

@@ -1,10 +1,12 @@
-"""A decoder-only transformer in Flax Linen: RMSNorm, rotary positions, grouped queries, SwiGLU.
+"""A decoder-only transformer in Flax Linen. What the families differ in is data: `DecoderConfig`.
 
-  x ← x + W_o · softmax(q kᵀ / √Dh) v,   q, k rotated by their positions,   x̂ = RMSNorm(x)
-  x ← x + W_down (silu(W_gate x̂) ⊙ W_up x̂)
+  x ← x + W_o · softmax(q kᵀ / √Dh) v,   q, k rotated by their positions,   x̂ = norm(x)
+  x ← x + W_down (act(W_gate x̂) ⊙ W_up x̂)
 
 Sources: Llama (Touvron 2023, arXiv 2302.13971), rotary positions (Su 2021, 2104.09864, eq. 34),
-grouped-query attention (Ainslie 2023, 2305.13245), SwiGLU (Shazeer 2020, 2002.05202).
+grouped-query attention (Ainslie 2023, 2305.13245), SwiGLU (Shazeer 2020, 2002.05202), sliding
+windows (Jiang 2023, 2310.06825), soft caps and norms behind each block (Gemma 2, 2408.00118),
+norms of queries and keys (OLMo 2, 2501.00656), parallel blocks (GPT-NeoX, 2204.06745).
 
 Axes beyond types.py: R rows, S tokens of a row, H key-value heads, G query heads to each of them,
 E width of a head. The full forward and the cached one share every line but the attention itself.
@@ -13,7 +15,7 @@ E width of a head. The full forward and the cached one share every line but the 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from rlhf_jax.models import rope
 from rlhf_jax.models.base import LanguageModel
 from rlhf_jax.types import Array, Params
 
@@ -33,21 +36,11 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, tuple[jax.
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """How Llama 3.1 stretches its rotary wavelengths λ beyond the `original_context` C it knew.
-
-  λ < C/high: as it was.  λ > C/low: frequency divided by `factor`.  Between: linear in C/λ.
-  """
-
-  factor: float
-  low_frequency_factor: float
-  high_frequency_factor: float
-  original_context: int
-
-
-@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """What fixes the function that the parameters are put into. Hashable, and no token ids."""
+  """What fixes the function that the parameters are put into. Hashable, and no token ids.
+
+  The defaults are Llama's. Tuples have one entry for each layer; an empty one says "no layer".
+  """
 
   vocab_size: int  # V
   width: int  # D
@@ -59,11 +52,37 @@ class DecoderConfig:
   context: int  # most tokens of prompt and response together
   norm_epsilon: float = 1e-6
   rope_theta: float = 10_000.0
-  rope_scaling: RopeScaling | None = None
+  rope_scaling: rope.Scaling | None = None
   qkv_bias: bool = False
   output_bias: bool = False
   mlp_bias: bool = False
   tied: bool = False  # the head is the embedding, transposed
+  family: str = (
+    'llama'  # whose names the parameters are written under; the function has no use of it
+  )
+  positions: Literal['rotary', 'learned'] = (
+    'rotary'  # learned: a table [context, D] of added vectors
+  )
+  rotary_fraction: float = 1.0  # of the features of a head, the first so many turn
+  unrotated: tuple[bool, ...] = ()  # layers whose queries and keys do not turn
+  windows: tuple[int | None, ...] = ()  # most tokens a query sees, itself included; None: all
+  local_rope_theta: float | None = None  # of layers with a window, which are not scaled then
+  norm: Literal['rms', 'rms_offset', 'layer'] = 'rms'
+  pre_norms: bool = True  # of the input of each block
+  post_norms: bool = False  # of what each block adds
+  query_key_norm: Literal['head', 'width'] | None = None  # over each head, or all of them together
+  activation: Literal['silu', 'gelu', 'gelu_tanh', 'relu'] = 'silu'
+  gated: bool = True
+  parallel: bool = False  # both blocks read the layer's input
+  attention_scale: float | None = None  # of q kᵀ; None: 1 / √head_dim
+  attention_cap: float | None = None  # scores s become cap · tanh(s / cap)
+  logit_cap: float | None = None  # logits too
+  scaled_embedding: bool = False  # times √D
+
+  @property
+  def rotary_dim(self) -> int:
+    """How many features of a head turn."""
+    return int(self.head_dim * self.rotary_fraction)
 
   def __post_init__(self):
     if self.heads % self.kv_heads:
@@ -71,8 +90,15 @@ class DecoderConfig:
         f'query heads must be a multiple of the key-value heads, got {self.heads} and '
         f'{self.kv_heads}'
       )
-    if self.head_dim % 2:
-      raise ValueError(f'rotary positions need an even head_dim, got {self.head_dim}')
+    if self.positions == 'rotary' and (self.rotary_dim % 2 or not self.rotary_dim):
+      part = '' if self.rotary_fraction == 1 else f' · {self.rotary_fraction} = {self.rotary_dim}'
+      raise ValueError(f'rotary positions need an even head_dim, got {self.head_dim}{part}')
+    for name in ('windows', 'unrotated'):
+      entries = getattr(self, name)
+      if entries and len(entries) != self.layers:
+        raise ValueError(
+          f'{name} must have one entry for each of {self.layers} layers, got {len(entries)}'
+        )
 
 
 class Prefix(NamedTuple):
@@ -107,17 +133,11 @@ def tiny(vocab_size: int, **changes: Any) -> DecoderConfig:
   return dataclasses.replace(config, **changes)
 
 
-def rope_frequencies(config: DecoderConfig) -> np.ndarray:
-  """ω_i = θ^{-2i/E}, i < E/2, stretched where the config says so. -> f64[E/2], radians a token."""
-  frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
-  scaling = config.rope_scaling
-  if scaling is None:
-    return frequencies
-  # Turns within the original context: many are kept as they are, few are slowed by `factor`.
-  turns = scaling.original_context * frequencies / (2 * np.pi)
-  low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-  kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-  return frequencies * (kept + (1 - kept) / scaling.factor)
+def rope_frequencies(config: DecoderConfig, *, local: bool = False) -> np.ndarray:
+  """ω_i of the pairs that turn, by `local_rope_theta` if `local`. -> f64[rotary_dim / 2], rad."""
+  if local and config.local_rope_theta is not None:
+    return rope.frequencies(config.local_rope_theta, config.rotary_dim)
+  return rope.frequencies(config.rope_theta, config.rotary_dim, config.rope_scaling)
 
 
 def _wide(dtype: Any) -> Any:
@@ -133,18 +153,39 @@ def _precision(dtype: Any) -> jax.lax.Precision:
 
 
 class Norm(nn.Module):
-  """RMSNorm(x) = scale ⊙ x / √(mean x² + ε) (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+  """RMSNorm(x) = s ⊙ x / √(mean x² + ε) (Zhang & Sennrich 2019, arXiv 1910.07467), or LayerNorm.
 
+  `rms_offset`: s = 1 + scale.  `layer`: of x - mean x, plus a bias (Ba 2016, 1607.06450).
+  """
+
+  kind: Literal['rms', 'rms_offset', 'layer']
   epsilon: float
   dtype: Any
 
   @nn.compact
   def __call__(self, x: Float[Array, '... D']) -> Float[Array, '... D']:
-    wide = _wide(self.dtype)
-    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],), wide)
+    wide, shape = _wide(self.dtype), (x.shape[-1],)
+    first = nn.initializers.zeros if self.kind == 'rms_offset' else nn.initializers.ones
+    scale = self.param('scale', first, shape, wide)
     x = x.astype(wide)
+    if self.kind == 'layer':
+      x = x - jnp.mean(x, axis=-1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-    return (x * scale).astype(self.dtype)
+    x = x * (1 + scale if self.kind == 'rms_offset' else scale)
+    if self.kind == 'layer':
+      x = x + self.param('bias', nn.initializers.zeros, shape, wide)
+    return x.astype(self.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  'silu': nn.silu,
+  'gelu': functools.partial(nn.gelu, approximate=False),
+  'gelu_tanh': functools.partial(nn.gelu, approximate=True),
+  'relu': nn.relu,
+}
+
+
+Turn = tuple[Array, float]  # angles f[..., E/2] of each position, and a factor: see `rotate`
 
 
 class Layer(nn.Module):
@@ -157,53 +198,84 @@ class Layer(nn.Module):
   def __call__(
     self,
     x: Float[Array, '... D'],
-    angles: Float[Array, '... half_E'],
+    turn: Turn | None,
     attend: Attend,
   ) -> tuple[Float[Array, '... D'], tuple[Array, Array]]:
     config = self.config
 
-    def dense(features: int, bias: bool, name: str) -> nn.Dense:
-      return nn.Dense(
-        features,
-        use_bias=bias,
-        dtype=self.dtype,
-        param_dtype=_wide(self.dtype),
-        precision=_precision(self.dtype),
-        kernel_init=nn.initializers.normal(0.02),
-        name=name,
-      )
+    def norm(name: str, inputs: Array) -> Array:
+      return Norm(config.norm, config.norm_epsilon, self.dtype, name=name)(inputs)
 
-    def norm(name: str) -> Norm:
-      return Norm(config.norm_epsilon, self.dtype, name=name)
+    def before(name: str, inputs: Array) -> Array:
+      return norm(name, inputs) if config.pre_norms else inputs
 
-    def heads(count: int, name: str, inputs: Array) -> Array:
-      flat = dense(count * config.head_dim, config.qkv_bias, name)(inputs)
-      return flat.reshape(*flat.shape[:-1], count, config.head_dim)
+    def after(name: str, added: Array) -> Array:
+      return norm(name, added) if config.post_norms else added
 
-    inputs = norm('attention_norm')(x)
-    query = rotate(heads(config.heads, 'query', inputs), angles)
-    key = rotate(heads(config.kv_heads, 'key', inputs), angles)
-    value = heads(config.kv_heads, 'value', inputs)
+    mixed, memory = self._attention(before('attention_norm', x), turn, attend)
+    attended = x + after('attention_post_norm', mixed)
+    inputs = before('mlp_norm', x if config.parallel else attended)
+    return attended + after('mlp_post_norm', self._mlp(inputs)), memory
+
+  def _dense(self, features: int, bias: bool, name: str, inputs: Array) -> Array:
+    return nn.Dense(
+      features,
+      use_bias=bias,
+      dtype=self.dtype,
+      param_dtype=_wide(self.dtype),
+      precision=_precision(self.dtype),
+      kernel_init=nn.initializers.normal(0.02),
+      name=name,
+    )(inputs)
+
+  def _heads(self, count: int, name: str, inputs: Array, *, normed: bool) -> Array:
+    """One projection of the inputs, in heads. f[..., D] -> f[..., count, E]."""
+    config = self.config
+    flat = self._dense(count * config.head_dim, config.qkv_bias, name, inputs)
+    shape = *flat.shape[:-1], count, config.head_dim
+    if not normed or config.query_key_norm is None:
+      return flat.reshape(shape)
+    parts = flat if config.query_key_norm == 'width' else flat.reshape(shape)
+    norm = Norm(config.norm, config.norm_epsilon, self.dtype, name=f'{name}_norm')
+    return norm(parts).reshape(shape)
+
+  def _attention(
+    self, inputs: Array, turn: Turn | None, attend: Attend
+  ) -> tuple[Array, tuple[Array, Array]]:
+    config = self.config
+    query = self._heads(config.heads, 'query', inputs, normed=True)
+    key = self._heads(config.kv_heads, 'key', inputs, normed=True)
+    value = self._heads(config.kv_heads, 'value', inputs, normed=False)
+    if turn is not None:
+      query, key = rotate(query, *turn), rotate(key, *turn)
     groups = config.heads // config.kv_heads
     query = query.reshape(*query.shape[:-2], config.kv_heads, groups, config.head_dim)
     mixed, memory = attend(*(part.swapaxes(1, 2) for part in (query, key, value)))
-    mixed = mixed.swapaxes(1, 2).reshape(*x.shape[:-1], config.heads * config.head_dim)
-    x = x + dense(config.width, config.output_bias, 'output')(mixed)
+    mixed = mixed.swapaxes(1, 2).reshape(*inputs.shape[:-1], config.heads * config.head_dim)
+    return self._dense(config.width, config.output_bias, 'output', mixed), memory
 
-    inputs = norm('mlp_norm')(x)
-    gate = dense(config.mlp_width, config.mlp_bias, 'gate')(inputs)
-    up = dense(config.mlp_width, config.mlp_bias, 'up')(inputs)
-    return x + dense(config.width, config.mlp_bias, 'down')(nn.silu(gate) * up), memory
+  def _mlp(self, inputs: Array) -> Array:
+    config, activation = self.config, ACTIVATIONS[self.config.activation]
+    up = self._dense(config.mlp_width, config.mlp_bias, 'up', inputs)
+    if config.gated:
+      inner = activation(self._dense(config.mlp_width, config.mlp_bias, 'gate', inputs)) * up
+    else:
+      inner = activation(up)
+    return self._dense(config.width, config.mlp_bias, 'down', inner)
 
 
 def rotate(
-  x: Float[Array, '... heads E'], angles: Float[Array, '... half_E']
+  x: Float[Array, '... heads E'], angles: Float[Array, '... half'], factor: float = 1.0
 ) -> Float[Array, '... heads E']:
-  """Turn each pair (x_i, x_{i+E/2}) by its angle: the split of Hugging Face's Llama weights."""
-  cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
-  first, second = jnp.split(x.astype(angles.dtype), 2, axis=-1)
-  turned = [first * cos - second * sin, second * cos + first * sin]
-  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+  """Turn each pair (x_i, x_{i+half}) by its angle, times `factor`; features after them stay.
+
+  The pairs are those of Hugging Face's weights.
+  """
+  cos, sin = (factor * part(angles)[..., None, :] for part in (jnp.cos, jnp.sin))
+  turning, still = jnp.split(x, [2 * angles.shape[-1]], axis=-1)
+  first, second = jnp.split(turning.astype(angles.dtype), 2, axis=-1)
+  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return jnp.concatenate([turned.astype(x.dtype), still], axis=-1)
 
 
 class Source(NamedTuple):
@@ -215,16 +287,24 @@ class Source(NamedTuple):
 
 
 def attention(
-  query: Float[Array, 'B H K G E'], sources: Sequence[Source]
+  query: Float[Array, 'B H K G E'],
+  sources: Sequence[Source],
+  *,
+  scale: float | None = None,
+  cap: float | None = None,
 ) -> Float[Array, 'B H K G E']:
-  """Σ_t w_t v_t with w = softmax(q kᵀ / √E) over all sources together.
+  """Σ_t w_t v_t with w = softmax(s) over all sources together, s = q kᵀ / √E.
 
-  A query that may see nothing gets a finite average. Products in the type of `query`, the softmax
-  at least in float32.
+  With a `scale`, s = scale · q kᵀ; with a `cap`, cap · tanh(s / cap) instead of s. A query that
+  may see nothing gets a finite average. Products in the type of `query`, the softmax at least in
+  float32.
   """
   dtype, wide = query.dtype, _wide(query.dtype)
   precision = _precision(dtype)
-  query = query / np.sqrt(query.shape[-1]).astype(dtype)
+  if scale is None:
+    query = query / np.sqrt(query.shape[-1]).astype(dtype)
+  else:
+    query = query * np.asarray(scale, dtype)
 
   def scores(source: Source) -> Array:
     keys = 'bhkte' if source.keys.ndim == 5 else 'bhte'
@@ -235,7 +315,7 @@ def attention(
       precision=precision,
       preferred_element_type=wide,
     )
-    return jnp.where(source.mask, products, MASKED)
+    return jnp.where(source.mask, capped(products, cap), MASKED)
 
   def mixed(source: Source, weights: Array) -> Array:
     values = 'bhkte' if source.values.ndim == 5 else 'bhte'
@@ -256,6 +336,11 @@ def attention(
   return (functools.reduce(jnp.add, parts) / total[..., None]).astype(dtype)
 
 
+def capped(x: Array, cap: float | None) -> Array:
+  """cap · tanh(x / cap): nearly x where it is small, and never beyond ±cap."""
+  return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 class Decoder(nn.Module):
   """The layers between an embedding and a head, with a full forward and a cached one."""
 
@@ -266,32 +351,76 @@ class Decoder(nn.Module):
     config, wide = self.config, _wide(self.dtype)
     normal = nn.initializers.normal(0.02)
     self.embedding = self.param('embedding', normal, (config.vocab_size, config.width), wide)
+    if config.positions == 'learned':
+      self.positions = self.param('positions', normal, (config.context, config.width), wide)
     self.layers = [Layer(config, self.dtype) for _ in range(config.layers)]
-    self.norm = Norm(config.norm_epsilon, self.dtype)
+    self.norm = Norm(config.norm, config.norm_epsilon, self.dtype)
     if not config.tied:
       self.output = self.param('head', normal, (config.width, config.vocab_size), wide)
 
-  def _embed(self, tokens: Int[Array, '...']) -> Float[Array, '... D']:
-    return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+  def _embed(
+    self, tokens: Int[Array, '...'], positions: Int[Array, '...']
+  ) -> Float[Array, '... D']:
+    """The input of the first layer. NaN where a learned position lies outside the context."""
+    x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+    if self.config.scaled_embedding:
+      x = x * np.sqrt(self.config.width).astype(self.dtype)
+    if self.config.positions == 'learned':
+      x = x + jnp.take(self.positions, positions, axis=0).astype(self.dtype)
+    return x
 
-  def _angles(self, positions: Int[Array, '...']) -> Float[Array, '... half_E']:
-    wide = _wide(self.dtype)
-    return positions[..., None].astype(wide) * rope_frequencies(self.config).astype(wide)
+  def _turns(self, positions: Int[Array, '...']) -> list[Turn | None]:
+    """Of each layer; those with the same angles share them. None where nothing turns."""
+    config, wide = self.config, _wide(self.dtype)
+    places = positions[..., None].astype(wide)
+    if isinstance(config.rope_scaling, rope.Dynamic | rope.Long):
+      places = jnp.where(places < config.context, places, jnp.nan)
+
+    @functools.cache
+    def turn(local: bool) -> Turn:
+      factor = 1.0 if local else rope.attention_factor(config.rope_scaling)
+      return places * rope_frequencies(config, local=local).astype(wide), factor
+
+    own = config.local_rope_theta is not None
+    local = [own and window is not None for window in self._each(config.windows)]
+    still = [config.positions == 'learned' or entry for entry in self._each(config.unrotated)]
+    return [None if stays else turn(near) for stays, near in zip(still, local, strict=True)]
+
+  def _each(self, entries: tuple) -> tuple:
+    return entries or (None,) * self.config.layers
+
+  def _masks(self, seen: Callable[[int | None], Any]) -> list[Any]:
+    """`seen(window)` of each layer, made once for each window."""
+    made = functools.cache(seen)
+    return [made(window) for window in self._each(self.config.windows)]
+
+  def _attend(self, query: Array, sources: Sequence[Source]) -> Array:
+    config = self.config
+    return attention(query, sources, scale=config.attention_scale, cap=config.attention_cap)
 
   def _trunk(
     self, tokens: Int[Array, 'R S'], attended: Bool[Array, 'R S']
   ) -> tuple[Array, Sequence[tuple[Array, Array]]]:
     """Every layer over whole rows. -> f[R, S, D] before the last norm, (keys, values) per layer."""
+    positions = position_ids(attended)
     causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
-    mask = (causal & attended[:, None, :])[:, None, :, None, :]
 
-    def attend(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
-      return attention(query, [Source(key, value, mask)]), (key, value)
+    def seen(window: int | None) -> Array:
+      mask = causal & attended[:, None, :]
+      if window is not None:
+        mask &= positions[:, :, None] - positions[:, None, :] < window
+      return mask[:, None, :, None, :]
 
-    x, memory = self._embed(tokens), []
-    angles = self._angles(jnp.maximum(jnp.cumsum(attended, axis=1) - 1, 0))
-    for layer in self.layers:
-      x, kept = layer(x, angles, attend)
+    def over(mask: Array) -> Attend:
+      def attend(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
+        return self._attend(query, [Source(key, value, mask)]), (key, value)
+
+      return attend
+
+    x, memory = self._embed(tokens, positions), []
+    parts = zip(self.layers, self._turns(positions), self._masks(seen), strict=True)
+    for layer, turn, mask in parts:
+      x, kept = layer(x, turn, over(mask))
       memory.append(kept)
     return x, memory
 
@@ -304,12 +433,13 @@ class Decoder(nn.Module):
   def head(self, hidden: Float[Array, '... D']) -> Float[Array, '... V']:
     """Logits, at least float32 whatever the compute dtype."""
     kernel = self.embedding.T if self.config.tied else self.output
-    return jnp.dot(
+    logits = jnp.dot(
       hidden.astype(self.dtype),
       kernel.astype(self.dtype),
       precision=_precision(self.dtype),
       preferred_element_type=_wide(self.dtype),
     )
+    return capped(logits, self.config.logit_cap)
 
   def prefill(
     self, tokens: Int[Array, 'B P'], attended: Bool[Array, 'B P']
@@ -324,26 +454,44 @@ class Decoder(nn.Module):
     self, token: Int[Array, 'B K'], index: Int[Array, ''], prefix: Prefix, cache: Cache
   ) -> tuple[Float[Array, 'B K D'], Cache]:
     """Token `index` of each response. -> (the state that predicts the next, cache with it in)."""
-    of_prompt = prefix.attended[:, None, None, None, :]
-    of_response = jnp.arange(cache.keys[0].shape[3]) <= index
+    position = prefix.lengths + index  # the same for the K responses
     at = (0, 0, 0, index, 0)
 
-    def over(prompt_keys: Array, prompt_values: Array, keys: Array, values: Array) -> Attend:
+    def seen(window: int | None) -> tuple[Array, Array]:
+      of_prompt = prefix.attended
+      places = jnp.arange(cache.keys[0].shape[3])
+      of_response = places <= index
+      if window is not None:
+        of_prompt &= position[:, None] - position_ids(prefix.attended) < window
+        of_response &= index - places < window
+      return of_prompt[:, None, None, None, :], of_response
+
+    def over(
+      masks: tuple[Array, Array], prompt: tuple[Array, Array], response: tuple[Array, Array]
+    ) -> Attend:
       def attend(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
-        longer_keys = jax.lax.dynamic_update_slice(keys, key[:, :, :, None], at)
-        longer_values = jax.lax.dynamic_update_slice(values, value[:, :, :, None], at)
-        prompt = Source(prompt_keys, prompt_values, of_prompt)
-        response = Source(longer_keys, longer_values, of_response)
-        return attention(query, [prompt, response]), (longer_keys, longer_values)
+        keys, values = (
+          jax.lax.dynamic_update_slice(known, new[:, :, :, None], at)
+          for known, new in zip(response, (key, value), strict=True)
+        )
+        sources = [Source(*prompt, masks[0]), Source(keys, values, masks[1])]
+        return self._attend(query, sources), (keys, values)
 
       return attend
 
-    x, memory = self._embed(token), []
-    angles = self._angles(prefix.lengths + index)[:, None, :]  # the same for the K responses
-    for layer, *known in zip(self.layers, prefix.keys, prefix.values, *cache, strict=True):
-      x, kept = layer(x, angles, over(*known))
+    x, memory = self._embed(token, position[:, None]), []
+    turns = self._turns(position[:, None])
+    prompts, responses = (zip(*known, strict=True) for known in (prefix[:2], cache))
+    parts = zip(self.layers, turns, self._masks(seen), prompts, responses, strict=True)
+    for layer, turn, *known in parts:
+      x, kept = layer(x, turn, over(*known))
       memory.append(kept)
     return self.norm(x), Cache(*zip(*memory, strict=True))
+
+
+def position_ids(attended: Bool[Array, 'R S']) -> Int[Array, 'R S']:
+  """How many attended tokens lie before each token: padding takes no position."""
+  return jnp.maximum(jnp.cumsum(attended, axis=1, dtype=jnp.int32) - 1, 0)
 
 
 def decoder(config: DecoderConfig, dtype: Any = jnp.float32) -> LanguageModel:

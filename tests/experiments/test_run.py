@@ -116,19 +116,20 @@ def test_a_seed_is_a_run(toy, command, whole, tmp_path):
   assert done.code == 0, done.err
   assert_same_run(toy, 'ppo', whole('ppo'), tmp_path / 'again')
   # Another seed is other prompts and other draws, from the first round on.
-  done = command(
-    'ppo', *flags(toy, 'ppo', tmp_path / 'other', '--config.seed=1', '--config.rounds=1')
-  )
+  done = command('ppo', *flags(toy, 'ppo', tmp_path / 'other', '--config.seed=1'))
   assert done.code == 0, done.err
   first, other = rows(whole('ppo'))[0], rows(tmp_path / 'other')[0]
   assert first['policy/entropy'] != other['policy/entropy']
+
+
+MIXTURE = '--config.objective.mixture=0.25'
 
 
 @pytest.fixture(scope='module')
 def finished(toy, tmp_path_factory) -> Path:
   """A finished run of nash_md, three rounds."""
   workdir = tmp_path_factory.mktemp('finished') / 'run'
-  argv = toy.flags(workdir, '--config.logging.samples=2')
+  argv = toy.flags(workdir, MIXTURE)
   train.run(parse(nash_md.get_config(argv), argv))
   return workdir
 
@@ -141,7 +142,7 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 def test_a_finished_run_is_left_as_it_is(toy, command, finished):
   before = contents(finished)
-  done = command('nash_md', *toy.flags(finished))
+  done = command('nash_md', *toy.flags(finished, MIXTURE))
   assert done.code == 0 and 'is finished: 3 rounds' in done.out and 'report.md' in done.out
   assert contents(finished) == before
 
@@ -149,14 +150,14 @@ def test_a_finished_run_is_left_as_it_is(toy, command, finished):
 @pytest.mark.parametrize(
   ('flag', 'said'),
   [
-    ('--config.objective.mixture=0.5', 'objective.mixture 0.125 there and 0.5 here'),
+    ('--config.objective.mixture=0.5', 'objective.mixture 0.25 there and 0.5 here'),
     ('--config.seed=7', 'seed 0 there and 7 here'),
     ('--config.optimizer.learning_rate=0.5', 'optimizer.learning_rate 0.01 there and 0.5 here'),
   ],
 )
 def test_another_config_is_refused_by_its_key(toy, command, finished, flag, said):
   before = contents(finished)
-  done = command('nash_md', *toy.flags(finished, flag))
+  done = command('nash_md', *toy.flags(finished, MIXTURE, flag))
   assert done.code == 1 and said in done.error and str(finished) in done.error
   assert contents(finished) == before
   done = command('ppo', *toy.flags(finished))
@@ -168,7 +169,7 @@ def test_rounds_may_be_added(toy, command, finished, tmp_path):
   shutil.copytree(finished, workdir)
   before = rows(workdir)
   longer = ['--config.rounds=4', '--config.checkpoint.every=1', '--config.logging.samples=1']
-  done = command('nash_md', *toy.flags(workdir, *longer))
+  done = command('nash_md', *toy.flags(workdir, MIXTURE, *longer))
   assert done.code == 0, done.err
   assert rows(workdir)[:3] == before and [row['round'] for row in rows(workdir)] == [0, 1, 2, 3]
   assert json.loads((workdir / 'config.json').read_text())['rounds'] == 4
@@ -187,8 +188,10 @@ def test_an_extension_that_broke_off_is_not_taken_for_finished(
 
   with monkeypatch.context() as patch:
     patch.setattr('rlhf_jax.evaluation.report.write_report', dies)
-    assert command('nash_md', *toy.flags(workdir, longer)).error == 'interrupted'
-  done = command('nash_md', *toy.flags(workdir, longer))  # all rounds are there, the report is not
+    assert command('nash_md', *toy.flags(workdir, MIXTURE, longer)).error == 'interrupted'
+  done = command(
+    'nash_md', *toy.flags(workdir, MIXTURE, longer)
+  )  # all rounds are there, the report is not
   assert done.code == 0 and 'is finished' not in done.out
   assert 'Rounds 0 to 3' in (workdir / 'report.md').read_text()
 
@@ -200,7 +203,7 @@ def test_a_resume_under_other_versions_says_so(toy, command, finished, tmp_path)
   manifest['versions']['jax'] = '0.0.1'
   (workdir / 'manifest.json').write_text(json.dumps(manifest))
   with pytest.warns(UserWarning, match=r"resumed under another versions: .*'jax': '0\.0\.1'"):
-    assert command('nash_md', *toy.flags(workdir, '--config.rounds=4')).code == 0
+    assert command('nash_md', *toy.flags(workdir, MIXTURE, '--config.rounds=4')).code == 0
 
 
 def test_a_damaged_checkpoint_does_not_pass_for_a_run(toy, command, finished, tmp_path):
@@ -208,7 +211,7 @@ def test_a_damaged_checkpoint_does_not_pass_for_a_run(toy, command, finished, tm
   shutil.copytree(finished, workdir)
   largest = max((workdir / 'checkpoints' / '3').rglob('*'), key=lambda path: path.stat().st_size)
   largest.write_bytes(largest.read_bytes()[:-1])
-  done = command('nash_md', *toy.flags(workdir, '--config.rounds=4'))
+  done = command('nash_md', *toy.flags(workdir, MIXTURE, '--config.rounds=4'))
   assert done.code == 1 and 'checkpoints/3 is damaged' in done.error
 
 

@@ -14,7 +14,11 @@ REWARDS = {'rewards': [0.0, 0.3, 0.5, 1.0], 'reference': [0.4, 0.3, 0.2, 0.1]}
 PAIR = {'wins': [[0.5, 0.8], [0.2, 0.5]], 'reference': [0.3, 0.7]}
 KEYS = {'objective', 'iterations', 'policy', 'target', 'total_variation', 'kl_target_policy'}
 # One sampler to compile: INPO's rows are their own opponents.
-SAMPLED = ('--config.objective.name=inpo', '--config.batch=32')
+SAMPLED = (
+  '--config.objective.name=inpo',
+  '--config.batch=32',
+  '--config.optimizer.schedule=constant',  # else the update is another for each number of rounds
+)
 EXACT = ('--config.exact=true', '--config.rounds=400')
 
 
@@ -35,7 +39,6 @@ def play(command, tmp_path):
 @pytest.mark.parametrize(
   ('name', 'game', 'flags'),
   [
-    ('nash_md', WINS, ('--config.objective.kl_weight=0.3',)),
     ('nash_md', WINS, ('--config.objective.kl_weight=0.3', '--config.tokens=2')),
     ('inpo', WINS, ('--config.objective.rounds_per_iteration=10',)),
     ('dno', WINS, ('--config.objective.rounds_per_iteration=200',)),
@@ -70,9 +73,6 @@ def test_the_target_follows_the_flags(play):
   row = play(REWARDS, '--config.objective.name=vbon', '--config.objective.best_of=2', *few)
   # F = (.4, .7, .9, 1), so best of 2 is F_i^2 - F_{i-1}^2.
   np.testing.assert_allclose(row['target'], [0.16, 0.33, 0.32, 0.19], atol=1e-6)
-  row = play(REWARDS, '--config.objective.name=ppo', '--config.objective.kl_weight=0.5', *few)
-  tilted = np.array(REWARDS['reference']) * np.exp(np.array(REWARDS['rewards']) / 0.5)
-  np.testing.assert_allclose(row['target'], tilted / tilted.sum(), atol=1e-6)
   # Four rounds at two an iteration are two iterations of DNO.
   row = play(WINS, '--config.objective.name=dno', '--config.objective.rounds_per_iteration=2', *few)
   assert row['iterations'] == 2

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.models import decoder as decoders
+from rlhf_jax.models import rope
 
 STRETCHED = decoders.tiny(
   19,
@@ -22,7 +23,7 @@ STRETCHED = decoders.tiny(
   mlp_bias=True,
   tied=False,
   rope_theta=100.0,
-  rope_scaling=decoders.RopeScaling(4.0, 1.0, 4.0, 32),
+  rope_scaling=rope.Llama3(4.0, 1.0, 4.0, 32),
 )
 CONFIGS = {'tiny': decoders.tiny(19), 'stretched': STRETCHED}
 
@@ -215,7 +216,7 @@ def test_rope_frequencies_by_hand():
   np.testing.assert_allclose(decoders.rope_frequencies(config), [1, 0.25])
   # Turns within C = 6π: 6π·1/2π = 3 and 3/4. Between low = 1 and high = 5, the first keeps
   # (3 - 1)/(5 - 1) = 1/2 of itself and 1/2 of a tenth: 0.55. The second is below low: a tenth.
-  scaling = decoders.RopeScaling(10.0, 1.0, 5.0, 6 * np.pi)
+  scaling = rope.Llama3(10.0, 1.0, 5.0, 6 * np.pi)
   stretched = dataclasses.replace(config, rope_scaling=scaling)
   np.testing.assert_allclose(decoders.rope_frequencies(stretched), [0.55, 0.025])
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rlhf_jax.models import decoder as decoders
 from rlhf_jax.models import heads, huggingface
+from rlhf_jax.models.rope import Llama3
 from rlhf_jax.tokens import pad_left, read_tokenizer
 
 GOLDEN = Path(__file__).resolve().parent / 'golden'  # made by tests/parity/make_golden.py
@@ -67,7 +67,7 @@ def test_both_layouts_of_rope_are_read(tmp_path):
   edit(directory, drop=['rope_parameters'], rope_theta=theta, rope_scaling=rope)
   assert huggingface.read_config(directory)[1] == nested
   assert nested.rope_theta == 100
-  assert nested.rope_scaling == decoders.RopeScaling(4, 1, 4, 32)
+  assert nested.rope_scaling == Llama3(4, 1, 4, 32)
   edit(directory, rope_parameters={'rope_type': 'default', 'rope_theta': theta})
   with pytest.raises(ValueError, match='contradict each other'):
     huggingface.read_config(directory)
@@ -209,9 +209,13 @@ def test_missing_and_malformed_files_are_named(directory, tmp_path):
     ({'architectures': ['MambaForCausalLM']}, r"\['MambaForCausalLM'\].*supported: LlamaForCausal"),
     ({'sliding_window': 16}, 'unsupported sliding_window = 16'),
     ({'quantization_config': {'bits': 4}}, "unsupported quantization_config = {'bits': 4}"),
-    ({'hidden_act': 'gelu'}, "unsupported hidden_act 'gelu'"),
-    ({'rope_parameters': {'rope_type': 'yarn', 'factor': 2.0}}, "unsupported rope_type 'yarn'"),
-    ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, "unsupported rope_type 'linear'"),
+    ({'hidden_act': 'quick_gelu'}, "unsupported hidden_act 'quick_gelu'; supported: 'silu'"),
+    ({'rope_parameters': {'rope_type': 'longrope'}}, "unsupported rope_type 'longrope'"),
+    ({'rope_scaling': {'type': 'linear'}}, 'factor must be a positive number, found None'),
+    ({'rope_scaling': {'type': 'linear', 'factor': 2, 'by': 3}}, 'unsupported by = 3'),
+    ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, 'contradict each other'),
+    ({'layer_types': ['full_attention', 'sliding_attention']}, 'unsupported layer_types'),
+    ({'layer_types': ['full_attention']}, 'unsupported layer_types .* supported: 2 of'),
     ({'rope_parameters': {'partial_rotary_factor': 0.5}}, 'partial_rotary_factor = 0.5'),
     ({'rope_parameters': {'rope_type': 'llama3'}}, 'factor must be a positive number, found None'),
     ({'vocab_size': '40'}, "vocab_size must be a positive integer, found '40'"),

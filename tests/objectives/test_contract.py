@@ -224,7 +224,7 @@ def test_microbatches_equal_the_whole(row):
   batch = there.batch._replace(weight=weight)
   whole = there.step(batch)
   assert np.abs(whole).max() > 1e-3
-  # Five parts do not divide the 3, 12 or 18 examples.
+  # Five parts divide neither 12 single responses nor 3 groups.
   assert_close(there.step(batch, microbatches=5), whole, atol=1e-12 * np.abs(whole).max())
 
 

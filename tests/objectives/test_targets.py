@@ -228,26 +228,24 @@ def test_vbon_of_one_is_the_reference():
 
 # --- INPO and DNO ----------------------------------------------------------------------------
 
-# Summed log-probs of three responses: reference (−1, −2, −4), last (−2, −1, −1), policy (0, −1, 1).
-THREE = responses(
-  {
-    'policy': [[0.0, 0.0], [-1.0, 0.0], [0.5, 0.5]],
-    'reference': [[-0.5, -0.5], [-2.0, 0.0], [-1.0, -3.0]],
-    'last': [[-1.0, -1.0], [-1.0, 0.0], [-0.5, -0.5]],
-  },
-  [2, 1, 2],
-)
+# Summed log-probs of three responses: policy (0, −1, 1), reference (−1, −2, −4), last (−2, −1, −1).
+SCORES = {
+  'policy': [[0.0, 0.0], [-1.0, 0.0], [0.5, 0.5]],
+  'reference': [[-0.5, -0.5], [-2.0, 0.0], [-1.0, -3.0]],
+  'last': [[-1.0, -1.0], [-1.0, 0.0], [-0.5, -0.5]],
+}
+THREE = responses(SCORES, [2, 1, 2])
+UNEVEN = responses(SCORES, [2, 1, 2], weights=[0.5, 0.25, 0.25], draws=np.inf)
 SIBLINGS = [[0.5, 0.75, 1.0], [0.25, 0.5, 0.5], [0.0, 0.5, 0.5]]
+PAIRS = (0, 0, 1), (1, 2, 2)  # (0, 1), (0, 2), (1, 2)
 
 
-def loss_of(objective, examples, group):
-  """The loss of the one example whose responses are `group` of THREE."""
-  return objective.loss(Outputs(THREE.scores['policy'].logp[:, jnp.array(group)]), examples)[0]
-
-
-def pairs_of(matrix):
-  """The entries (0, 1), (0, 2), (1, 2) of the one prompt's [3, 3]."""
-  return np.asarray(matrix)[0][np.triu_indices(3, 1)]
+def loss(objective, examples, chosen=(0, 1, 2)):
+  """The loss of the one example that holds the chosen responses, in that order."""
+  said = Outputs(jnp.array([[SCORES['policy'][i] for i in chosen]]))
+  losses, _ = objective.loss(said, examples)
+  assert losses.shape == (1,)
+  return losses[0]
 
 
 def inpo(pairing):
@@ -257,26 +255,23 @@ def inpo(pairing):
 def test_inpo_by_hand():
   # τ/c = ¼: base ¼ reference + ¾ last = (−1.75, −1.25, −1.75); differences of the pairs
   # (0,1), (0,2), (1,2): −.5, 0, .5; plus (P − ½)/2: .125, .25, 0.
-  _, examples, _ = targets(inpo('all'), seen(THREE, wins=SIBLINGS, opponent=THREE))
   goals = np.array([-0.375, 0.25, 0.5])
-  assert_close(pairs_of(examples.targets.goal), goals)
-  assert_close(pairs_of(examples.targets.weight), [1 / 9] * 3)
-  assert_close(examples.weight, [3 / 9])
-  margins = np.array([1.0, -1.0, -2.0])
-  found = loss_of(inpo('all'), examples, [0, 1, 2])
-  assert_close(found, [np.mean((margins - goals) ** 2)])
+  errors = (np.array([1.0, -1.0, -2.0]) - goals) ** 2
+  for own, weights in [(THREE, [1 / 9] * 3), (UNEVEN, [1 / 8, 1 / 8, 1 / 16])]:
+    _, examples, _ = targets(inpo('all'), seen(own, wins=SIBLINGS, opponent=own))
+    assert_close(examples.targets.goal[0][PAIRS], goals)
+    assert_close(examples.weight, [sum(weights)])
+    assert_close(loss(inpo('all'), examples), np.average(errors, weights=weights))
 
 
 def test_inpo_of_best_against_worst_by_hand():
-  # Win rates .75, 5/12, 1/3: the pair (0, 2), whose hard label is 1/(2c) = ¼.
+  # Win rates .75, 5/12, 1/3: the pair (0, 2), h = −1 − 0 against the hard label 1/(2c) = ¼.
   objective = inpo('best_worst')
   _, examples, _ = targets(objective, seen(THREE, wins=SIBLINGS, opponent=THREE))
-  assert_close(examples.targets.goal[0, 0, 1], 0.25)
   assert_close(examples.weight, [1.0])
-  # Its margin is 0 − 1 = −1.
-  assert_close(loss_of(objective, examples, [0, 2]), [1.25**2])
-  # Where nobody is better the pair is left out, and where the "worst" beats the best too.
-  tie, cycle = np.full((3, 3), 0.5), [[0.5, 1.0, 0.4], [0.0, 0.5, 1.0], [0.6, 0.0, 0.5]]
+  assert_close(loss(objective, examples, (0, 2)), 1.25**2)
+  # Where nobody is better the pair is left out, and so where the "worst" beats the "best".
+  tie, cycle = np.full((3, 3), 0.5), [[0.5, 1.0, 0.4], [0.0, 0.5, 0.9], [0.6, 0.1, 0.5]]
   for wins in (tie, cycle):
     _, examples, _ = targets(objective, seen(THREE, wins=wins, opponent=THREE))
     assert_close(examples.weight, [0.0])
@@ -286,12 +281,14 @@ def test_dno_by_hand():
   # Win rates ¼·1 + ¾·½ = .625, .25 and 0; D = c (policy's margin − last's), c = 2.
   objective = OBJECTIVES['dno'](step_weight=2.0, rounds_per_iteration=1)
   wins = [[1.0, 0.5], [1.0, 0.0], [0.0, 0.0]]
-  _, examples, _ = targets(objective, seen(THREE, wins=wins, opponent=COLUMNS))
   labels = 1 / (1 + np.exp(-np.array([0.375, 0.625, 0.25])))
-  assert_close(pairs_of(examples.targets.goal['label']), labels)
   margins = 2 * (np.array([1.0, -1.0, -2.0]) - [-1.0, -1.0, 0.0])
   expected = labels * np.log1p(np.exp(-margins)) + (1 - labels) * np.log1p(np.exp(margins))
-  assert_close(loss_of(objective, examples, [0, 1, 2]), [np.mean(expected)])
+  for own, weights in [(THREE, [1 / 9] * 3), (UNEVEN, [1 / 8, 1 / 8, 1 / 16])]:
+    _, examples, _ = targets(objective, seen(own, wins=wins, opponent=COLUMNS))
+    assert_close(examples.targets.goal['label'][0][PAIRS], labels)
+    assert_close(examples.weight, [sum(weights)])
+    assert_close(loss(objective, examples), np.average(expected, weights=weights))
 
 
 @pytest.mark.parametrize(('margin', 'kept'), [(0.0, 1.0), (0.6, 1.0), (0.65, 0.0)])
@@ -301,9 +298,8 @@ def test_dno_prct_keeps_pairs_of_a_large_margin(margin, kept):
   _, examples, metrics = targets(objective, seen(THREE, wins=wins, opponent=COLUMNS))
   assert_close(examples.weight, [kept])
   assert_close(metrics['dno/kept_pairs'], kept)
-  assert_close(examples.targets.goal['last'][0, 0, 1], 1.0)
-  # D = 2 (−1 − 1) = −4 under the hard label; 0 where the pair does not count.
-  assert_close(loss_of(objective, examples, [1, 0]), [kept * math.log1p(math.exp(4))])
+  # D = 2 (−1 − 1) = −4 under the hard label.
+  assert_close(loss(objective, examples, (1, 0)), kept * math.log1p(math.exp(4)))
 
 
 def test_dno_prct_leaves_ties_out():

@@ -11,6 +11,8 @@ from rlhf_jax import actor, players, scoring, sharding
 from rlhf_jax.tabular import exact, table
 from rlhf_jax.tabular.games import Game
 
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
+
 ACTIONS, BASE = 7, 3
 GAMES = [
   Game(reference=np.random.default_rng(i).dirichlet(np.ones(n)), wins=None, rewards=np.zeros(n))

@@ -1,4 +1,4 @@
-"""The table language model: the reference law to the last bit, and one state however it is reached."""
+"""The table language model: each game's own law at first, and one state however it is reached."""
 
 import itertools
 
@@ -9,6 +9,8 @@ import pytest
 
 from rlhf_jax.tabular import table
 from rlhf_jax.tabular.games import Game
+
+pytestmark = pytest.mark.usefixtures('quickly_compiled')
 
 
 def game(*law):
