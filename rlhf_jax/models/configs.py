@@ -431,19 +431,20 @@ def _scaling_fields(scaling: rope.Scaling | None) -> dict[str, Any]:
       }
     case rope.Long(short, long):
       # transformers 4 allows these three alone; the original context stands beside them.
-      return {'type': 'longrope', 'short_factor': list(short), 'long_factor': list(long)}
+      return {'rope_type': 'longrope', 'short_factor': list(short), 'long_factor': list(long)}
 
 
 def _rope_fields(config: DecoderConfig, table: Rope) -> dict[str, Any]:
   """The rotary part of config.json, in both layouts: 5 reads the first, 4 and others the rest."""
   scaling = _scaling_fields(config.rope_scaling)
+  old = {table.kind if name == 'rope_type' else name: value for name, value in scaling.items()}
   new = {'rope_theta': config.rope_theta, **scaling}
   fields: dict[str, Any] = {table.theta: config.rope_theta}
   if table.fraction is not None:
     new['partial_rotary_factor'] = fields[table.fraction] = config.rotary_fraction
   if isinstance(config.rope_scaling, rope.Long):
     original = config.rope_scaling.original_context
-    new |= {'rope_type': 'longrope', 'original_max_position_embeddings': original}
+    new['original_max_position_embeddings'] = original
     fields['original_max_position_embeddings'] = original
   if table.local is not None:
     fields[table.local] = config.local_rope_theta
@@ -451,7 +452,7 @@ def _rope_fields(config: DecoderConfig, table: Rope) -> dict[str, Any]:
     fields['rope_parameters'] = {FULL: new, SLIDING: near}
   else:
     fields['rope_parameters'] = new
-  return fields | {'rope_scaling': None if config.rope_scaling is None else scaling}
+  return fields | {'rope_scaling': None if config.rope_scaling is None else old}
 
 
 # --- sliding windows -----------------------------------------------------------------------------

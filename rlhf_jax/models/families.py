@@ -39,6 +39,7 @@ class Rope(NamedTuple):
   fraction: str | None = None  # the field with the fraction of a head that turns; None: all of it
   default_fraction: float = 1.0
   kinds: tuple[str, ...] = ('default', 'linear', 'dynamic', 'yarn', 'llama3')
+  kind: str = 'rope_type'  # what `rope_scaling` calls its kind
   local: str | None = None  # the base of layers with a window; the new layout is then nested
   local_base: float = 10_000.0
 
@@ -204,6 +205,7 @@ GEMMA2 = Family(
   },
   fixed={**GEMMA, 'post_norms': True},
   windows=Windows('alternate', 4096),
+  idle='sliding_window_size',
   layer={**FOUR_NORMS, **ATTENTION, **MLP},
 )
 GEMMA3 = Family(  # the text models; those that see images have another architecture
@@ -301,9 +303,10 @@ PHI3 = Family(
     'max_position_embeddings': Field('context', 'count', 4096),
     'rms_norm_eps': Field('norm_epsilon', 'number', 1e-5),
   },
-  rope=Rope(fraction='partial_rotary_factor', kinds=('default', 'longrope')),
+  rope=Rope(fraction='partial_rotary_factor', kinds=('default', 'longrope'), kind='type'),
   windows=Windows('all', None),
-  idle='embd_pdrop original_max_position_embeddings resid_pdrop',
+  # `full_attn_mod` and `interpolate_factor` are of Phi-4-mini's own code, which sets both to 1.
+  idle='embd_pdrop full_attn_mod interpolate_factor original_max_position_embeddings resid_pdrop',
   layer={
     **NORMS,
     'self_attn.qkv_proj': 'query key value',
@@ -318,6 +321,7 @@ OLMO2 = Family(
   reward='Olmo2ForSequenceClassification',
   fields={**GROUPED, **ATTENTION_BIAS, 'rms_norm_eps': Field('norm_epsilon', 'number', 1e-5)},
   fixed={'pre_norms': False, 'post_norms': True, 'query_key_norm': 'width'},
+  rope=Rope(kind='type'),
   layer={
     'post_attention_layernorm': 'attention_post_norm',
     'post_feedforward_layernorm': 'mlp_post_norm',

@@ -204,6 +204,8 @@ def _write(
     'model_type': family.model_type,
     'dtype': str(np.dtype(embedding.dtype if dtype is None else dtype)),
     **described,
+    # A family's own default may lie outside a small vocabulary, and the model would not open.
+    'pad_token_id': None,
     **_token_ids(source),
     **({'id2label': {'0': 'LABEL_0'}, 'label2id': {'LABEL_0': 0}} if reward else {}),
   }

@@ -16,10 +16,10 @@ from experiments.launch import parse
 from rlhf_jax import checkpoints, loop, metrics
 
 # What carries the most from round to round: PPO's value head and adaptive weight, INPO's last
-# iterate, which here is also broken off in the middle of its three rounds.
+# iterate, which is of the third round when the run breaks off after it.
 CARRIERS = {
   'ppo': ('score', '--config.objective.adaptive_kl=0.01', '--config.objective.kl_horizon=8.0'),
-  'inpo': ('prefer', '--config.objective.rounds_per_iteration=3'),
+  'inpo': ('prefer', '--config.objective.rounds_per_iteration=2'),
 }
 
 
@@ -32,9 +32,9 @@ def _no_pictures():
 
 
 def flags(toy, name: str, workdir: Path, *changes: str) -> list[str]:
-  """Four rounds, a checkpoint every two, a learning rate that falls with the round."""
+  """Five rounds, a checkpoint every three, a learning rate that falls with the round."""
   judge, *own = CARRIERS[name]
-  common = ['--config.rounds=4', '--config.checkpoint.every=2', '--config.evaluate.every=3']
+  common = ['--config.rounds=5', '--config.checkpoint.every=3', '--config.evaluate.every=3']
   common.append('--config.optimizer.schedule=linear')
   return toy.flags(workdir, *common, *own, *changes, judge=judge)
 
@@ -57,7 +57,7 @@ def assert_same_run(toy, name: str, first: Path, second: Path) -> None:
   assert metrics.same_but_time(rows(first), rows(second))
   assert (first / 'samples.jsonl').read_bytes() == (second / 'samples.jsonl').read_bytes()
   states = [final_state(flags(toy, name, workdir), name) for workdir in (first, second)]
-  assert int(states[0].round) == 4
+  assert int(states[0].round) == 5
   jax.tree.map(np.testing.assert_array_equal, *states)
 
 
@@ -80,14 +80,14 @@ def whole(toy, tmp_path_factory) -> Callable[[str], Path]:
 def test_a_broken_run_goes_on_to_the_same_bits(toy, command, whole, tmp_path, monkeypatch, name):
   never_stopped, broken = whole(name), tmp_path / 'broken'
 
-  # The third round is written and then the process dies: the newest checkpoint is of the second.
+  # The fourth round is written and then the process dies: the newest checkpoint is of the third.
   opened = metrics.open_progress
 
   def dies(*arguments, **options):
     progress = opened(*arguments, **options)
 
     def update(completed, figures):
-      if completed == 3:
+      if completed == 4:
         raise KeyboardInterrupt
       progress.update(completed, figures)
 
@@ -97,16 +97,16 @@ def test_a_broken_run_goes_on_to_the_same_bits(toy, command, whole, tmp_path, mo
     patch.setattr(metrics, 'open_progress', dies)
     done = command(name, *flags(toy, name, broken))
   assert (done.code, done.error) == (1, 'interrupted')
-  assert [row['round'] for row in rows(broken)] == [0, 1, 2]
-  assert checkpoints.rounds(broken / 'checkpoints') == [2]
+  assert [row['round'] for row in rows(broken)] == [0, 1, 2, 3]
+  assert checkpoints.rounds(broken / 'checkpoints') == [3]
   assert not (broken / 'report.md').exists()
   with open(broken / 'metrics.jsonl', 'a') as file:
-    file.write('{"round": 3, "judge/rew')  # what a process killed in the middle of a row leaves
+    file.write('{"round": 4, "judge/rew')  # what a process killed in the middle of a row leaves
 
   done = command(name, *flags(toy, name, broken))
   assert done.code == 0, done.err
-  assert '2 of 4 rounds done' in done.err
-  assert [row['round'] for row in rows(broken)] == [0, 1, 2, 3]
+  assert '3 of 5 rounds done' in done.err
+  assert [row['round'] for row in rows(broken)] == [0, 1, 2, 3, 4]
   assert_same_run(toy, name, never_stopped, broken)
   assert (broken / 'report.md').exists()
 
@@ -115,11 +115,20 @@ def test_a_seed_is_a_run(toy, command, whole, tmp_path):
   done = command('ppo', *flags(toy, 'ppo', tmp_path / 'again'))
   assert done.code == 0, done.err
   assert_same_run(toy, 'ppo', whole('ppo'), tmp_path / 'again')
-  # Another seed is other prompts and other draws, from the first round on.
-  done = command('ppo', *flags(toy, 'ppo', tmp_path / 'other', '--config.seed=1'))
-  assert done.code == 0, done.err
-  first, other = rows(whole('ppo'))[0], rows(tmp_path / 'other')[0]
-  assert first['policy/entropy'] != other['policy/entropy']
+
+
+def test_another_seed_draws_other_responses(toy, command, tmp_path):
+  (tmp_path / 'one.jsonl').write_text('{"prompt": "the cat likes"}\n')
+  first = []
+  for seed in (0, 1):
+    changes = {'prompts.path': tmp_path / 'one.jsonl', 'seed': seed, 'rounds': 1}
+    workdir = tmp_path / str(seed)
+    done = command('ppo', *toy.flags(workdir, *(f'--config.{k}={v}' for k, v in changes.items())))
+    assert done.code == 0, done.err
+    first.append(rows(workdir)[0])
+  # The prompts are the same and so is the model: only the draws can tell the two apart.
+  for key in ('policy/entropy', 'evaluate/reward'):
+    assert first[0][key] != first[1][key], key
 
 
 MIXTURE = '--config.objective.mixture=0.25'
@@ -266,9 +275,6 @@ def test_generate_prints_samples_of_a_run(command, finished):
 
   plain = command('generate', *wanted).out
   assert plain.startswith('> the cat likes\n  1.') and plain.count('\n  2.') == 3
-  newest = command('generate', *wanted, '--config.json=true', '--config.best=false')
-  assert newest.code == 0, newest.err
-  assert len(newest.out.splitlines()) == 3
 
 
 def test_generate_prints_samples_of_a_directory(toy, command):
@@ -285,6 +291,34 @@ def test_generate_prints_samples_of_a_directory(toy, command):
   (row,) = map(json.loads, done.out.splitlines())
   assert row['prompt'] == 'the big dog'
   assert row['responses'][0] == row['responses'][1]  # temperature 0 takes the likeliest
+
+
+@pytest.mark.parametrize(
+  ('best', 'folder'), [('true', 'checkpoints/best'), ('false', 'checkpoints')]
+)
+def test_generate_takes_the_best_or_the_newest(command, finished, monkeypatch, best, folder):
+  read, restore = [], checkpoints.restore
+
+  def watched(directory, *arguments, **options):
+    read.append(Path(directory))
+    return restore(directory, *arguments, **options)
+
+  monkeypatch.setattr(checkpoints, 'restore', watched)
+  flags = ['--config.count=3', '--config.sampling.max_tokens=6', f'--config.best={best}']
+  done = command('generate', f'--config.run={finished}', *flags)
+  assert done.code == 0 and read == [finished / folder]
+
+
+def test_generate_keeps_progress_out_of_its_results(toy, command, monkeypatch):
+  def reference(progress):
+    progress('training the reference')
+    return toy.checkpoint
+
+  monkeypatch.setattr('rlhf_jax.reviews.reference.reference', reference)
+  flags = ['--config.count=3', '--config.sampling.max_tokens=6', '--config.json=true']
+  done = command('generate', *flags)
+  assert done.code == 0 and 'training the reference' in done.err
+  assert [json.loads(line)['prompt'].split()[0] for line in done.out.splitlines()] == ['review'] * 3
 
 
 def test_generate_refuses_what_is_no_run(command, tmp_path):

@@ -25,7 +25,43 @@ STRETCHED = decoders.tiny(
   rope_theta=100.0,
   rope_scaling=rope.Llama3(4.0, 1.0, 4.0, 32),
 )
-CONFIGS = {'tiny': decoders.tiny(19), 'stretched': STRETCHED}
+# What the other families do, in two mixtures; the windows are shorter than the prompts.
+SLIDING = decoders.tiny(
+  19,
+  head_dim=8,
+  windows=(2, None),
+  local_rope_theta=20.0,
+  rope_scaling=rope.Yarn(4.0, 1.2, 16),
+  norm='rms_offset',
+  post_norms=True,
+  query_key_norm='head',
+  activation='gelu_tanh',
+  attention_scale=0.4,
+  attention_cap=3.0,
+  logit_cap=8.0,
+  scaled_embedding=True,
+)
+PARALLEL = decoders.tiny(
+  19,
+  layers=3,
+  head_dim=8,
+  windows=(None, 3, None),
+  unrotated=(False, False, True),
+  rotary_fraction=0.5,
+  norm='layer',
+  query_key_norm='width',
+  activation='gelu',
+  gated=False,
+  parallel=True,
+  mlp_bias=True,
+)
+CONFIGS = {
+  'tiny': decoders.tiny(19),
+  'stretched': STRETCHED,
+  'sliding': SLIDING,
+  'parallel': PARALLEL,
+  'learned': decoders.tiny(19, positions='learned', pre_norms=False, post_norms=True),
+}
 
 
 @functools.cache
@@ -78,7 +114,7 @@ def test_cached_decoding_equals_the_full_forward(name):
   responses = rng.integers(0, 19, size=(3, 4, 7)).astype(np.int32)
   cached = decode(model, params, tokens, attended, responses)
   full = whole(model, params, tokens, attended, responses)
-  assert np.abs(full).max() > 1  # peaked enough for a fault to show
+  assert np.abs(full).max() > 0.9  # peaked enough for a fault to show
   np.testing.assert_allclose(cached, full, atol=1e-5 * np.abs(full).max())
   sampler, learner = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (cached, full))
   assert np.abs(sampler - learner).max() < 1e-4
@@ -271,8 +307,61 @@ def test_the_token_loop_writes_its_cache_in_place():
   assert not {'copy', 'transpose', 'broadcast', 'concatenate'} & set(made)
 
 
+def test_a_feature_that_does_not_turn_stays():
+  # One pair turns, (x_0, x_1), here by 90 degrees and doubled; x_2 and x_3 stay as they are.
+  x = np.array([[[1, 0, 7, 8]]], np.float32)
+  turned = decoders.rotate(x, np.array([[np.pi / 2]], np.float32), 2.0)
+  np.testing.assert_allclose(turned, [[[0, 2, 7, 8]]], atol=1e-6)
+
+
+def test_scale_and_cap_by_hand():
+  # q k = 2·3 = 6 and 0. Scaled by 1/2: 3 and 0. Capped at 2: 2 tanh(3/2) = 1.8102965 and 0, so
+  # the first weight is 1 / (1 + e^{-1.8102965}) = 0.8594, and the values 1, 0 give just that.
+  query, keys = np.full((1, 1, 1, 1, 1), 2.0, np.float32), np.zeros((1, 1, 2, 1), np.float32)
+  keys[0, 0, 0] = 3
+  values = np.array([1, 0], np.float32).reshape(1, 1, 2, 1)
+  source = decoders.Source(keys, values, np.ones(2, bool))
+  weight = decoders.attention(query, [source], scale=0.5, cap=2.0).item()
+  np.testing.assert_allclose(weight, 1 / (1 + np.exp(-2 * np.tanh(1.5))), rtol=1e-6)
+
+
+def test_norms_by_hand():
+  # x = (1, 3): mean square 5, so RMSNorm gives x / √5, times 1 + 1 with an offset. Minus its mean
+  # x is (-1, 1) of mean square 1, times 2, plus 5.
+  x, params = np.array([1.0, 3.0], np.float32), {'scale': np.array([2.0, 2.0], np.float32)}
+  biased = {**params, 'bias': np.array([5.0, 5.0], np.float32)}
+
+  def norm(kind, params):
+    return decoders.Norm(kind, 0.0, jnp.float32).apply({'params': params}, x)
+
+  np.testing.assert_allclose(norm('rms', params), 2 * x / np.sqrt(5), rtol=1e-6)
+  np.testing.assert_allclose(norm('rms_offset', params), 3 * x / np.sqrt(5), rtol=1e-6)
+  np.testing.assert_allclose(norm('layer', biased), [3, 7], rtol=1e-6)
+
+
+def test_a_window_of_two_sees_the_token_and_the_one_before():
+  # One layer: the state after token 4 depends on tokens 3 and 4 alone, with padding and without.
+  model = decoders.decoder(decoders.tiny(19, layers=1, windows=(2,)))
+  params = jax.tree.map(lambda leaf: 20 * leaf, model.init(jax.random.key(0)))
+  hidden = jax.jit(model.hidden)
+  row, attended = np.arange(5, dtype=np.int32)[None], np.ones((1, 5), bool)
+  for pads in (0, 2):
+    tokens = np.pad(row, ((0, 0), (pads, 0)))
+    seen = np.pad(attended, ((0, 0), (pads, 0)))
+    state = np.asarray(hidden(params, tokens, seen))[0, -1]
+    for place, matters in enumerate([False, False, False, True, True]):
+      changed = tokens.copy()
+      changed[0, pads + place] = 11
+      moved = np.abs(np.asarray(hidden(params, changed, seen))[0, -1] - state).max()
+      assert (moved > 1e-2) == matters, place
+
+
 def test_wrong_configs_are_refused():
   with pytest.raises(ValueError, match='multiple of the key-value heads, got 4 and 3'):
     decoders.tiny(5, kv_heads=3)
   with pytest.raises(ValueError, match='even head_dim, got 5'):
     decoders.tiny(5, head_dim=5)
+  with pytest.raises(ValueError, match=r'even head_dim, got 8 · 0\.4 = 3'):
+    decoders.tiny(5, head_dim=8, rotary_fraction=0.4)
+  with pytest.raises(ValueError, match='windows must have one entry for each of 2 layers, got 1'):
+    decoders.tiny(5, windows=(3,))
