@@ -71,6 +71,9 @@ def check(setup: Setup) -> None:
   for name, value in {'responses': setup.responses, 'opponents': setup.opponents}.items():
     if value < 1:
       raise ValueError(f'{name} must be at least 1, got {value}')
+  for name, anchor in setup.objective.anchors.items():
+    if isinstance(anchor, anchors.Every) and anchor.rounds < 1:
+      raise ValueError(f'anchor {name} must move every 1 or more rounds, got {anchor.rounds}')
   if setup.settings.top_k > 0 or setup.settings.top_p < 1:
     raise ValueError(
       'top-k and top-p cut tokens away, which biases every ratio and KL of this objective: '

@@ -42,9 +42,13 @@ HYPERPARAMETERS = {
 }
 
 
-@functools.cache
 def built(name, devices=1):
-  """A setup on two small games, and its compiled functions."""
+  """A setup on two small games, and its compiled functions; made once, however it is asked for."""
+  return _built(name, devices)
+
+
+@functools.cache
+def _built(name, devices):
   mesh = sharding.data_mesh(devices)
   # A schedule in the optimiser, so that a resume that forgets its count shows.
   optimizer = optax.adam(optax.linear_schedule(0.05, 0.0, 20), eps=1e-5)
@@ -303,6 +307,9 @@ def refused(name='nash_md', **changes):
 PAIRWISE = Judge('pairs', None, lambda *_: None)  # type: ignore[arg-type, return-value]
 
 
+NEVER_MOVING = OBJECTIVES['inpo'](**HYPERPARAMETERS['inpo'] | {'rounds_per_iteration': 0})
+
+
 @pytest.mark.parametrize(
   ('name', 'changes', 'message'),
   [
@@ -313,6 +320,7 @@ PAIRWISE = Judge('pairs', None, lambda *_: None)  # type: ignore[arg-type, retur
     ('nash_md', {'judging': Judging(PAIRWISE, 'probit')}, "got 'probit'"),
     ('nash_md', {'responses': 0}, 'responses must be at least 1, got 0'),
     ('nash_md', {'opponents': -1}, 'opponents must be at least 1, got -1'),
+    ('inpo', {'objective': NEVER_MOVING}, 'anchor last must move every 1 or more rounds, got 0'),
     # Fault 3: ratios and KLs of cut laws are biased.
     ('nash_md', {'settings': actor.sampling(budget=2, top_k=5)}, 'top-k and top-p cut tokens'),
     ('ppo', {'settings': actor.sampling(budget=2, top_p=0.9)}, 'top-k and top-p cut tokens'),

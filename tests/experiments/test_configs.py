@@ -2,6 +2,12 @@
 
 import json
 import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -106,3 +112,36 @@ def test_a_run_leaves_what_the_readme_lists(
   assert 'KL' in progress and 'tokens/s' in progress
   report = (workdir / 'report.md').read_text()
   assert 'KL to the reference' in report and f'experiments.{name}' in report
+
+
+@pytest.mark.slow
+def test_the_main_job(tmp_path):
+  """As the README gives it: defaults, an empty cache, a process of its own."""
+  root = Path(__file__).resolve().parents[2]
+  environment = os.environ | {'PYTHONPATH': str(root), 'RLHF_JAX_CACHE': str(tmp_path / 'cache')}
+  since = time.perf_counter()
+  done = subprocess.run(
+    [sys.executable, '-m', 'experiments.nash_md'],
+    cwd=tmp_path,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=1800,
+    check=False,
+  )
+  print(f'{time.perf_counter() - since:.0f} s on {os.cpu_count()} cores\n{done.stdout}')
+  assert done.returncode == 0, done.stderr
+  report = (tmp_path / 'runs' / 'nash_md' / 'report.md').read_text()
+
+  def interval(label: str) -> list[float]:  # estimate, low, high
+    row = next(line for line in report.splitlines() if line.startswith(f'| {label}'))
+    return [float(x) for x in re.findall(r'-?\d[\d.e-]*', row.split('|')[2])]
+
+  (policy, _, high), (maximiser, low, _) = map(
+    interval, ('duality gap of the policy', "duality gap of the reward's maximiser")
+  )
+  assert high < low and policy < 0.5 * maximiser  # not a matter of these prompts alone
+  assert interval('difference of the two gaps')[1] > 0
+  assert interval('win rate against the reference')[1] > 0.5
+  rows = read_rows(tmp_path / 'runs' / 'nash_md' / 'metrics.jsonl')
+  assert max(row['rollout/logp_gap'] for row in rows) < 1e-4

@@ -3,7 +3,11 @@
 import functools
 import importlib
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,6 +113,41 @@ def test_a_broken_run_goes_on_to_the_same_bits(toy, command, whole, tmp_path, mo
   assert [row['round'] for row in rows(broken)] == [0, 1, 2, 3, 4]
   assert_same_run(toy, name, never_stopped, broken)
   assert (broken / 'report.md').exists()
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_to_the_same_bits(toy, whole, tmp_path):
+  """As above, with nothing of Python's own left to run: the kernel takes the process away."""
+  workdir, judge = tmp_path / 'killed', tmp_path / 'slow.py'
+  # The same judge, which takes its time once there is a checkpoint: then it is killed.
+  judge.write_text(f"""
+import importlib.util, pathlib, time
+found = importlib.util.spec_from_file_location('judges', {str(toy.judges)!r})
+module = importlib.util.module_from_spec(found)
+found.loader.exec_module(module)
+
+def score(prompts, responses):
+  if pathlib.Path({str(workdir)!r}, 'checkpoints', '3', 'record.json').exists():
+    time.sleep(600)
+  return module.score(prompts, responses)
+""")
+  argv = flags(toy, 'ppo', workdir, f'--config.judge.function={judge}:score')
+  words = [sys.executable, '-m', 'experiments.ppo', *argv]
+  root = str(Path(__file__).resolve().parents[2])
+  process = subprocess.Popen(words, env=os.environ | {'PYTHONPATH': root})
+  try:
+    until = time.monotonic() + 300
+    while not (workdir / 'checkpoints' / '3' / 'record.json').exists():
+      assert process.poll() is None and time.monotonic() < until
+      time.sleep(0.1)
+  finally:
+    process.kill()
+    process.wait()
+  judge.write_text(toy.judges.read_text())
+  subprocess.run(words, env=os.environ | {'PYTHONPATH': root}, check=True, timeout=300)
+  assert metrics.same_but_time(rows(whole('ppo')), rows(workdir))
+  state, target = final_state(argv, 'ppo'), final_state(flags(toy, 'ppo', whole('ppo')), 'ppo')
+  jax.tree.map(np.testing.assert_array_equal, state, target)
 
 
 def test_a_seed_is_a_run(toy, command, whole, tmp_path):
