@@ -115,7 +115,7 @@ def run(config: ConfigDict) -> None:
     opponents=config.opponents,
   )
   loop.check(setup)
-  reference = model.init(jax.random.key(config.seed))
+  reference = sharding.replicate(model.init(jax.random.key(config.seed)), mesh)
   state = loop.start(setup, jax.random.key(config.seed), reference, reference)
   every = np.arange(batch * config.rounds, dtype=np.int32).reshape(config.rounds, batch)
   seen = np.ones((batch, 1), bool)

@@ -12,6 +12,7 @@ def get_config(argv: list[str]):
   config = fragments.experiment('vbon', judge=fragments.GOLD, best_of=4, form='exact')
   config.opponents = 16  # reference responses behind each quantile
   config.judge.link = 'compare'
+  config.optimizer.learning_rate = 1.5e-4  # at 5e-4 noise drives the KL far above best-of-N's
   return config
 
 
