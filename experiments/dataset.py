@@ -57,7 +57,7 @@ def recorded(
       os.replace(part, path)
     found = prompts.read(path, recorded=True)
   told = [row.told for row in found if row.told is not None]
-  asked = [tokenizer.prompt(row.prompt) for row in found]  # type: ignore[arg-type]  # rendered
+  asked = [prompts.as_text(row) for row in found]
   places = [row.place for row in found]
   return found, recordings.recorder(told, places, asked, tokenizer, max_tokens=max_tokens)
 
@@ -101,8 +101,7 @@ def drawn(
     _, wins, _ = experience.judge_round(setup.judging, compared, batch, own, own)
     answers, labels = decode(batch, own), np.asarray(wins)
     for b, prompt in enumerate((batch.texts or ())[:left]):
-      ids = np.asarray(batch.tokens)[b][np.asarray(batch.attended)[b]].tolist()
-      fits = [len(recordings.encode(tokenizer, ids, text)) <= max_tokens for text in answers[b]]
+      fits = [len(tokenizer.response(prompt, text)) <= max_tokens for text in answers[b]]
       for n in range(0, 2 * pairs, 2):
         label, pair = float(labels[b, n, n + 1]), answers[b][n : n + 2]
         if not (fits[n] and fits[n + 1]):

@@ -65,6 +65,7 @@ def replayed(shares: Sequence[float], batch: int) -> Replay | None:
   """
   if not shares:
     return None
-  found = Replay(tuple(int(share * batch) for share in shares), batch, 1)
+  counts = tuple(selection.share_of(share, batch) for share in shares)
+  found = Replay(counts, batch, 1)
   replay.check(found)
   return found

@@ -92,12 +92,12 @@ def check(told: Sequence[Told], places: Sequence[str], *, pairs: bool) -> None:
 def recorder(
   told: Sequence[Told],
   places: Sequence[str],
-  prompts: Sequence[Sequence[int]],
+  prompts: Sequence[str],
   tokenizer: Tokenizer,
   *,
   max_tokens: int,
 ) -> Callable[[Sequence[int]], Recording]:
-  """Numbers of rows -> their Recording; `prompts` are the encoded prompts, row by row.
+  """Numbers of rows -> their Recording; `prompts` are the prompts' texts, row by row.
 
   Raises:
     ValueError: a response encodes to no token, or to more than `max_tokens`.
@@ -108,7 +108,7 @@ def recorder(
   ended = np.zeros((len(told), count), bool)
   for n, (one, place) in enumerate(zip(told, places, strict=True)):
     for k, text in enumerate(one.responses):
-      ids = encode(tokenizer, prompts[n], text)
+      ids = tokenizer.response(prompts[n], text)
       shown = repr(text if len(text) <= 60 else text[:60] + '…')
       if len(ids) > max_tokens:
         raise ValueError(
@@ -138,15 +138,3 @@ def recorder(
     )
 
   return recorded
-
-
-def encode(tokenizer: Tokenizer, prompt: Sequence[int], text: str) -> list[int]:
-  """Tokens that add `text` to `prompt`: those whose continuation it is, if there are any.
-
-  Some tokenizers put a space before every text and take it off again, so that with its own leading
-  space a text would have two.
-  """
-  candidates = [tokenizer.plain(text), tokenizer.plain(text.removeprefix(' '))]
-  return next(
-    (ids for ids in candidates if tokenizer.continuation(prompt, ids) == text), candidates[0]
-  )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.objectives.base import Objective
 from rlhf_jax.objectives.filters import kept_prompts
-from rlhf_jax.ops import pairs, rewards, win_rates
+from rlhf_jax.ops import pairs, rewards, selection, win_rates
 from rlhf_jax.types import Array, Examples, Experience, Metrics, State
 
 
@@ -82,7 +82,7 @@ def most_to_gain(objective: Objective, share: float) -> Objective:
 
   def lowest(experience: Experience) -> Array:
     mean = jnp.sum(experience.own.weights * scores(experience), 1)
-    kept = -(-round(share * 1e6) * len(mean) // 1_000_000)
+    kept = selection.share_of(share, len(mean))
     return jnp.argsort(jnp.argsort(mean, stable=True), stable=True) < kept
 
   return kept_prompts(objective, lowest, 'gain')

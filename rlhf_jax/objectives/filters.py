@@ -9,11 +9,15 @@ import jax.numpy as jnp
 
 from rlhf_jax.objectives.base import Objective
 from rlhf_jax.ops.selection import Select
+from rlhf_jax.players import Siblings
 from rlhf_jax.types import Array, Examples, Experience, Metrics, State
 
 
 def selected(objective: Objective, select: Select) -> Objective:
-  """Buys the comparisons that `select` wants, and learns from the prompts that have any.
+  """Buys the comparisons that `select` wants, and learns from the prompts that have them all.
+
+  What was not bought counts as a tie in the targets, so a prompt bought in part would teach ties
+  that nobody judged: it is left out.
 
   Raises:
     ValueError: the objective compares nothing.
@@ -22,8 +26,11 @@ def selected(objective: Objective, select: Select) -> Objective:
     raise ValueError('select chooses comparisons, and this objective has no opponent to compare')
 
   def bought(experience: Experience) -> Array:
-    assert experience.judged is not None
-    return jnp.any(experience.judged, (1, 2))
+    judged = experience.judged
+    assert judged is not None
+    if isinstance(objective.opponent, Siblings):  # nobody buys a response against itself
+      judged = judged | jnp.eye(judged.shape[1], dtype=bool)
+    return jnp.all(judged, (1, 2))
 
   return kept_prompts(objective, bought, 'selected')._replace(select=select)
 

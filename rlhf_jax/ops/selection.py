@@ -4,7 +4,6 @@ A `Select` is called with stage 0, 1, ... until it wants nothing more. Each time
 earlier stages bought, so that a tournament can let winners meet winners.
 """
 
-import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -85,11 +84,16 @@ def most_uncertain(share: float) -> Select:
       return jnp.zeros(wins.shape, bool)
     logp = jnp.sum(jnp.where(own.trained, own.scores['policy'].logp, 0), -1)
     entropy = -jnp.sum(own.weights * logp, 1)
-    kept = math.ceil(share * len(entropy))
+    kept = share_of(share, len(entropy))
     places = jnp.argsort(jnp.argsort(-entropy, stable=True), stable=True)
     return jnp.broadcast_to((places < kept)[:, None, None], wins.shape)
 
   return select
+
+
+def share_of(share: float, count: int) -> int:
+  """⌈share · count⌉ of the share's decimal value: 0.1 of 30 is 3, though in floats it is above."""
+  return -(-round(share * 1e6) * count // 1_000_000)
 
 
 def _between(wins: Array, first: Array, second: Array) -> Array:

@@ -72,7 +72,7 @@ def regularised_nash(wins: Matrix, reference: Law, tau: float) -> Law:
   Raises:
     ValueError: `tau` is not positive, or so small that the residual stays above 1e-10 nats.
   """
-  _require_positive(tau)
+  require_positive(tau)
   log_mu, skew = np.log(reference), (wins - 0.5) / tau
 
   def residual_at(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +120,7 @@ def mixture_fixed_point(wins: Matrix, reference: Law, tau: float, mixture: float
     ValueError: `tau` is not positive or too small (see `regularised_nash`), or `mixture` lies
       outside [0, 1].
   """
-  _require_positive(tau)
+  require_positive(tau)
   if not 0.0 <= mixture <= 1.0:
     raise ValueError(f'mixture must lie in [0, 1], got {mixture}')
   if mixture == 0.0:
@@ -137,7 +137,7 @@ def kl_regularised_optimum(rewards: Law, reference: Law, tau: float) -> Law:
   Raises:
     ValueError: `tau` is not positive.
   """
-  _require_positive(tau)
+  require_positive(tau)
   return np.exp(log_softmax(np.log(reference) + rewards / tau))
 
 
@@ -147,7 +147,7 @@ def kl_regularised_value(rewards: Law, reference: Law, tau: float) -> float:
   Raises:
     ValueError: `tau` is not positive.
   """
-  _require_positive(tau)
+  require_positive(tau)
   return tau * float(np.logaddexp.reduce(np.log(reference) + rewards / tau))
 
 
@@ -161,7 +161,7 @@ def soft_policy_iterates(
   Raises:
     ValueError: `step_weight` is not positive, or `iterations` negative.
   """
-  _require_positive(step_weight, 'step_weight')
+  require_positive(step_weight, 'step_weight')
   if iterations < 0:
     raise ValueError(f'iterations must not be negative, got {iterations}')
   rows = [np.log(reference)]
@@ -325,7 +325,7 @@ def bradley_terry_fit(wins: Matrix, law: Law) -> Law:
 
 
 def _log_best_response(wins: Matrix, reference: Law, opponent: Law, tau: float) -> Law:
-  _require_positive(tau)
+  require_positive(tau)
   return log_softmax(np.log(reference) + wins @ opponent / tau)
 
 
@@ -356,7 +356,12 @@ def _never_lose(wins: Matrix) -> np.ndarray:
   return np.flatnonzero(reaches[:, reaches.sum(0).argmin()])
 
 
-def _require_positive(value: float, name: str = 'tau (kl_weight)') -> None:
+def require_positive(value: float, name: str = 'tau (kl_weight)') -> None:
+  """Refuse a number that is not above 0.
+
+  Raises:
+    ValueError: with its name and value.
+  """
   if not value > 0:
     raise ValueError(f'{name} must be positive, got {value}')
 

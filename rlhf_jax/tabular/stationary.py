@@ -12,7 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.tabular.solvers import Law, Matrix, kl_regularised_optimum, log_softmax
+from rlhf_jax.tabular.solvers import (
+  Law,
+  Matrix,
+  kl_regularised_optimum,
+  log_softmax,
+  require_positive,
+)
 
 HALVINGS = 200  # of an interval of float64 numbers: more than there are between its ends
 TOLERANCE = 1e-10
@@ -37,7 +43,7 @@ def forward_kl_optimum(rewards: Law, reference: Law, weight: float) -> Law:
   Raises:
     ValueError: `weight` is not positive.
   """
-  _require_positive(weight)
+  require_positive(weight, 'the weight of a penalty')
   gaps = rewards.max() - rewards
 
   def law(above: np.ndarray) -> np.ndarray:  # ν = max r − β + above
@@ -57,7 +63,7 @@ def standardised_forward_kl_optimum(rewards: Law, reference: Law, weight: float)
   Raises:
     ValueError: `weight` is not positive, or all rewards are equal.
   """
-  _require_positive(weight)
+  require_positive(weight, 'the weight of a penalty')
 
   def spread_less_scale(log_scale: np.ndarray) -> float:
     scale = float(np.exp(log_scale))
@@ -85,7 +91,7 @@ def accepted_law(rewards: Law, reference: Law, tau: float, responses: float) -> 
     raise ValueError(f'acceptance needs at least one response, got {responses}')
   if math.isinf(responses):
     return kl_regularised_optimum(rewards, reference, tau)
-  _require_positive(tau)
+  require_positive(tau, 'the weight of a penalty')
   levels = np.unique(rewards)
   at_most = np.array([reference[rewards <= level].sum() for level in levels]) ** (responses - 1)
   best_other = np.diff(at_most / at_most[-1], prepend=0.0)
@@ -103,7 +109,7 @@ def tsallis_optimum(rewards: Law, reference: Law, weight: float, order: float) -
   Raises:
     ValueError: `weight` is not positive or `order` not above 1.
   """
-  _require_positive(weight)
+  require_positive(weight, 'the weight of a penalty')
   if not order > 1:
     raise ValueError(f'order must be above 1, got {order}')
 
@@ -204,8 +210,3 @@ def _normal(law: Law) -> Law:
   if not abs(law.sum() - 1) <= TOLERANCE:
     raise ValueError(f'the law sums to {law.sum()}, {abs(law.sum() - 1):.1e} from 1')
   return law / law.sum()
-
-
-def _require_positive(weight: float) -> None:
-  if not weight > 0:
-    raise ValueError(f'the weight of a penalty must be positive, got {weight}')

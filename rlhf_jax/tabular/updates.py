@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float64
 
-from rlhf_jax.tabular.solvers import Law, Matrix, log_softmax
+from rlhf_jax.tabular.solvers import Law, Matrix, log_softmax, require_positive
 
 Step = Callable[[Law, Matrix, Law, float, float], Law]
 
@@ -61,7 +61,8 @@ def mmd(law: Law, wins: Matrix, reference: Law, tau: float, step_size: float) ->
   Raises:
     ValueError: the step is not positive, or a law has underflowed to 0.
   """
-  pull = _require_positive(step_size) * tau
+  require_positive(step_size, 'step_size')
+  pull = step_size * tau
   logits = _log(law) + pull * _log(reference) + step_size * wins @ law
   return _law(logits / (1.0 + pull))
 
@@ -96,7 +97,8 @@ def trajectory(
 
 def _toward_reference(law: Law, reference: Law, tau: float, step_size: float) -> Law:
   """(1 − sτ) log π + sτ log μ, not normalised."""
-  pull = _require_positive(step_size) * tau
+  require_positive(step_size, 'step_size')
+  pull = step_size * tau
   if not 0.0 < pull <= 1.0:
     raise ValueError(f'step_size * tau must lie in (0, 1], got {step_size} * {tau} = {pull}')
   return (1.0 - pull) * _log(law) + pull * _log(reference)
@@ -110,9 +112,3 @@ def _log(law: Law) -> Law:
 
 def _law(logits: Law) -> Law:
   return np.exp(log_softmax(logits))
-
-
-def _require_positive(step_size: float) -> float:
-  if not step_size > 0:
-    raise ValueError(f'step_size must be positive, got {step_size}')
-  return step_size

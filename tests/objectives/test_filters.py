@@ -77,12 +77,22 @@ def test_what_was_not_bought_is_not_learned_from():
     raise AssertionError('targets asked for a plan')
 
   judged = np.zeros((2, 2, 2), bool)
-  judged[1, 0, 1] = True
+  judged[1] = ~np.eye(2, dtype=bool)
   objective = filters.selected(INPO, select)
   assert objective.select is select
   found, metrics = weights(objective, seen(ONE_SIDED, judged=judged))
   assert (found > 0).tolist() == [False, True]
   assert float(metrics['selected/kept_prompts']) == 0.5
+
+
+def test_a_prompt_bought_in_part_is_left_out():
+  # Unbought comparisons stand as 1/2: learned from, they would be ties that nobody judged.
+  for objective in (INPO, NASH_MD):
+    judged = np.ones((2, 2, 2), bool)
+    judged[0, 0, 1] = False
+    found, metrics = weights(filters.selected(objective, None), seen(ONE_SIDED, judged=judged))
+    assert not found[: len(found) // 2].any() and found[len(found) // 2 :].all()
+    assert float(metrics['selected/kept_prompts']) == 0.5
 
 
 def test_what_cannot_be_filtered_is_refused():

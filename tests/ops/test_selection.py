@@ -83,3 +83,12 @@ def test_the_least_certain_prompts_are_kept(share, kept):
 def test_no_share_is_refused(share):
   with pytest.raises(ValueError, match='share must lie in'):
     selection.most_uncertain(share)
+
+
+@pytest.mark.parametrize(
+  ('share', 'count', 'kept'),
+  [(0.1, 30, 3), (0.29, 100, 29), (1 / 3, 3, 1), (0.01, 3, 1), (1, 7, 7)],
+)
+def test_a_share_is_of_its_decimal_value(share, count, kept):
+  # In floats 0.1 · 30 = 3.0000000000000004 and 0.29 · 100 = 28.999999999999996.
+  assert selection.share_of(share, count) == kept
