@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import actor, players, scoring
+from rlhf_jax.anchors import Frozen
 from rlhf_jax.judges import links
 from rlhf_jax.judges.base import Judge
 from rlhf_jax.models.base import LanguageModel
@@ -31,14 +32,25 @@ class Judging(NamedTuple):
 
   judge: Judge
   link: str = 'bradley_terry'  # or 'compare': 1, half, 0
+  constraints: tuple[Judge, ...] = ()  # whose rewards must be reached, by name: `constrained`
 
 
 def check_judging(objective: Objective, judging: Judging) -> None:
   """Refuse a judge that cannot give what the objective reads.
 
   Raises:
-    ValueError: rewards are needed and the judge only compares, or the link is unknown.
+    ValueError: rewards are needed and a judge only compares, the link is unknown, or the judges of
+      the constraints are not those that the objective names.
   """
+  named = tuple(judge.name for judge in judging.constraints)
+  if sorted(named) != sorted(objective.constraints):
+    raise ValueError(
+      f'this objective has the constraints {list(objective.constraints)}, and the judges of '
+      f'constraints are {list(named)}'
+    )
+  for judge in judging.constraints:
+    if judge.rewards is None:
+      raise ValueError(f'a constraint is on rewards, and judge {judge.name!r} only compares pairs')
   if not objective.judged:
     return
   if (objective.opponent is None or objective.rewarded) and judging.judge.rewards is None:
@@ -151,6 +163,19 @@ def judge_round(
   return rewards, *_bought(objective.select, compared, own, opponent, siblings)
 
 
+def constraint_rewards(
+  judging: Judging, prompts: Prompts, own: Responses
+) -> dict[str, Array] | None:
+  """{judge's name: f[B, K]} of the rewards that must be reached; None where there are none."""
+  if not judging.constraints:
+    return None
+  found = {}
+  for judge in judging.constraints:
+    assert judge.rewards is not None  # check_judging
+    found[judge.name] = jnp.asarray(judge.rewards(prompts, own))
+  return found
+
+
 def _bought(
   select: selection.Select,
   compared: Callable[[np.ndarray], Array],
@@ -230,6 +255,47 @@ def given(prompts: Prompts) -> Responses:
     draws=recorded.draws[0],
     scores={},
   )
+
+
+def check_writer(objective: Objective) -> None:
+  """Refuse rows that could not be weighed for their age.
+
+  Raises:
+    ValueError: several write them, or one that the rows are not scored under.
+  """
+  allowed = 'policy', *objective.scored, *_frozen(objective)
+  written = players.members(objective.behaviour)
+  if len(written) > 1 or not set(written) <= set(allowed):
+    raise ValueError(
+      'mesh.ahead: rows that lag one round are weighed by the log-probs of who writes them, one of '
+      f'{allowed}; this objective learns from rows of {written}'
+    )
+
+
+def corrected(objective: Objective, own: Responses) -> tuple[Responses, Metrics]:
+  """Rows of a round ago, weighed as those of whoever writes now.
+
+      w'_k = w_k π(y_k) / π_then(y_k),   ESS = (Σ w')² / (K Σ w'²)
+
+    so that Σ_k w'_k f(y_k) has the mean E_π f whatever f. π is the scored pass, π_then the log-probs
+    that were stored when the rows were drawn. Enumerated rows get exactly the present law. Recorded
+  that were stored when the rows were drawn. Enumerated rows get exactly the present law. Recorded
+    ones, and those of an anchor that never moves, do not age.
+  """
+  written, weights = set(players.members(objective.behaviour)), own.weights
+  for name in written - set(_frozen(objective)):
+    now = own.scores[name].logp
+    ratio = jnp.sum(jnp.where(own.trained, now - own.sampled_logp, 0), -1)
+    weights = weights * jnp.exp(ratio)
+  share = jnp.mean(jnp.sum(weights, 1) ** 2 / jnp.sum(weights**2, 1)) / weights.shape[1]
+  return own._replace(weights=weights), {
+    'rollout/staleness': jnp.ones(()),
+    'rollout/effective_share': share,
+  }
+
+
+def _frozen(objective: Objective) -> list[str]:
+  return [name for name, anchor in objective.anchors.items() if isinstance(anchor, Frozen)]
 
 
 def statistics(experience: Experience) -> Metrics:

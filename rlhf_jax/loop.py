@@ -8,6 +8,7 @@ An algorithm is an `Objective` (objectives/base.py): who writes, who opposes, wh
 policy it keeps, what it makes of a round (`targets`) and what it minimises (`loss`).
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from rlhf_jax.experience import Judging
 from rlhf_jax.models import heads, lora
 from rlhf_jax.models.base import LanguageModel
 from rlhf_jax.objectives.base import Objective
-from rlhf_jax.types import Array, Experience, Params, Prompts, Responses, Sampling, State
+from rlhf_jax.types import Array, Experience, Metrics, Params, Prompts, Responses, Sampling, State
 
 
 class Offload(NamedTuple):
@@ -49,6 +50,7 @@ class Setup(NamedTuple):
   base: lora.Base | None = None  # what adapters stand beside; None: every parameter is learnt
   value_model: LanguageModel | None = None  # where the value is no head on the policy's states
   offload: Offload = Offload()
+  ahead: bool = False  # sample round n + 1 while round n is learned from
 
 
 class RunState(NamedTuple):
@@ -63,6 +65,15 @@ class RunState(NamedTuple):
   replay: tuple[Experience, ...] = ()  # what is kept of earlier rounds, the last one first
 
 
+class Cast(NamedTuple):
+  """Who writes, opposes and scores in a round."""
+
+  copies: dict[str, Params]  # the anchors after their move, as they are kept
+  moved: dict[str, Params]  # those of them that did
+  acting: dict[str, Params]  # the policy, and the value function where there is one
+  named: dict[str, Params]  # the anchors, whole
+
+
 class Functions(NamedTuple):
   """The compiled parts of a round, made once a run."""
 
@@ -72,9 +83,25 @@ class Functions(NamedTuple):
   update: Callable
   move: Callable
   statistics: Callable
+  correct: Callable
   recall: Callable
   join: Callable
   remember: Callable
+
+
+class Clock:
+  """Seconds of each part of a round, once what it made is there."""
+
+  def __init__(self) -> None:
+    self.times: dict[str, float] = {}
+    self._since = time.perf_counter()
+
+  def stop(self, part: str, *made: Any) -> None:
+    """Wait for `made` and give the time since the last stop to `part`."""
+    jax.block_until_ready(made)
+    now = time.perf_counter()
+    self.times[f'time/{part}'] = now - self._since
+    self._since = now
 
 
 def check(setup: Setup) -> None:
@@ -103,6 +130,8 @@ def check(setup: Setup) -> None:
       )
   if setup.objective.select is not None and setup.objective.opponent is None:
     raise ValueError('select chooses comparisons, and this objective has no opponent to compare')
+  if setup.ahead:
+    experience.check_writer(setup.objective)
   if setup.replay is not None:
     replays.check(setup.replay)
     if not setup.objective.replayable:
@@ -178,6 +207,7 @@ def functions(setup: Setup) -> Functions:
     ),
     move=jax.jit(lambda *state: anchors.move(anchors.moving(setup.objective.anchors), *state)),
     statistics=jax.jit(experience.statistics),
+    correct=jax.jit(functools.partial(experience.corrected, setup.objective)),
     recall=jax.jit(lambda *now: replays.recalled(setup.replay, *now)),  # type: ignore[arg-type]
     join=jax.jit(replays.joined),
     remember=jax.jit(lambda *now: replays.pushed(setup.replay, *now)),  # type: ignore[arg-type]
@@ -188,34 +218,60 @@ def play(
   setup: Setup, compiled: Functions, state: RunState, prompts: Prompts
 ) -> tuple[RunState, dict[str, Array | float], Experience]:
   """One round."""
-  clock = Clock()
-  round_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.round)
+  clock, cast = Clock(), gather(setup, compiled, state)
+  drawn = rollout(setup, state, cast, prompts, state.round)
+  return learn(setup, compiled, state, cast, prompts, drawn, clock)
 
-  # 1 anchors ------------------------------------------------------------------------------------
+
+def gather(setup: Setup, compiled: Functions, state: RunState) -> Cast:
+  """1 anchors: everyone who writes, opposes or scores in a round."""
   copies = fetched(setup, state)
   moved = compiled.move(copies, state.params['policy'], state.round)
   copies = {**copies, **moved}
   acting = {**state.params, 'policy': lora.join(setup.base, state.params['policy'])}
   named = {name: lora.join(setup.base, copy) for name, copy in copies.items()}
+  return Cast(copies, moved, acting, named)
 
-  # 2 rollout ------------------------------------------------------------------------------------
-  own, opponent = experience.rollout(
+
+def rollout(
+  setup: Setup, state: RunState, cast: Cast, prompts: Prompts, round_: Array | int
+) -> tuple[Responses, Responses | None]:
+  """2 rollout: the rows and columns of round `round_`, which need not be the state's own."""
+  return experience.rollout(
     setup.sample,
     setup.objective,
-    acting,
-    named,
+    cast.acting,
+    cast.named,
     prompts,
-    round_key,
+    _round_key(state, round_),
     setup.settings,
     responses=setup.responses,
     opponents=setup.opponents,
   )
+
+
+def learn(
+  setup: Setup,
+  compiled: Functions,
+  state: RunState,
+  cast: Cast,
+  prompts: Prompts,
+  drawn: tuple[Responses, Responses | None],
+  clock: Clock,
+  *,
+  stale: bool = False,
+) -> tuple[RunState, dict[str, Array | float], Experience]:
+  """The rest of a round. `stale` rows were written by the policy of the round before."""
+  (own, opponent), (copies, moved, acting, named) = drawn, cast
   clock.stop('rollout', own.tokens, None if opponent is None else opponent.tokens)
 
   # 3 judgement, while the device scores ---------------------------------------------------------
   scored = compiled.score(
     acting, named, prompts.tokens, prompts.attended, own, setup.settings.temperature
   )
+  aged: Metrics = {}
+  if stale:
+    scored, aged = compiled.correct(scored)
   theirs = scored if opponent is own else opponent
   if setup.objective.opponent_scored and theirs is not scored:
     theirs = compiled.score_opponent(
@@ -225,7 +281,8 @@ def play(
   rewards, wins, judged = experience.judge_round(
     setup.judging, setup.objective, prompts, rows, opponent
   )
-  clock.stop('judge', rewards, wins)
+  constraints = experience.constraint_rewards(setup.judging, prompts, rows)
+  clock.stop('judge', rewards, wins, constraints)
   gathered = Experience(
     prompts=prompts.tokens,
     prompt_attended=prompts.attended,
@@ -234,6 +291,7 @@ def play(
     rewards=rewards,
     wins=wins,
     judged=judged,
+    constraints=constraints,
   )
 
   # 4 targets ------------------------------------------------------------------------------------
@@ -256,14 +314,14 @@ def play(
     state.optimizer,
     named['reference'],
     examples,
-    actor.role_key(round_key, 'learner'),
+    actor.role_key(_round_key(state, state.round), 'learner'),
     setup.settings.temperature,
     setup.base,
   )
   clock.stop('update', learned)
-  metrics = {**compiled.statistics(gathered), **metrics, **learned, **clock.times}
-  tokens = metrics['rollout/tokens']
-  metrics['time/tokens_per_second'] = tokens / clock.times['time/rollout']
+  metrics = {**compiled.statistics(gathered), **aged, **metrics, **learned, **clock.times}
+  if not setup.ahead:  # of which only the wait is known
+    metrics['time/tokens_per_second'] = metrics['rollout/tokens'] / clock.times['time/rollout']
   state = RunState(state.round + 1, state.key, params, copies, opt_state, objective_state, memory)
   return state, metrics, gathered
 
@@ -275,22 +333,44 @@ def run(
   rounds: int,
   prompts: Callable[[int], Prompts],
   after: Callable[[int, RunState, dict[str, float], Experience], None],
+  drained: Callable[[int], bool] = lambda _: False,
 ) -> RunState:
   """Rounds `state.round` to `rounds` − 1; `after` writes, evaluates and saves.
+
+  With `setup.ahead` the rows of round n + 1 are asked for before round n is learned from, so that
+  devices of the sampler's own are never idle. They are one round old then, and weighed for it
+  (`experience.corrected`). After a round for which `drained` holds, nothing is in flight: a run
+  that is resumed there goes on as one that never stopped.
 
   Raises:
     FloatingPointError: a metric of the round is not finite; nothing of that round is saved.
   """
   check(setup)
   compiled = functions(setup)
+  ahead: tuple[Prompts, tuple[Responses, Responses | None]] | None = None
+
+  def ask(cast: Cast, round_: int) -> tuple[Prompts, tuple[Responses, Responses | None]]:
+    asked = prompts(round_)
+    return asked, rollout(setup, state, cast, asked, round_)
+
   for round_ in range(int(state.round), rounds):
-    state, metrics, seen = play(setup, compiled, state, prompts(round_))
+    clock, cast, stale = Clock(), gather(setup, compiled, state), ahead is not None
+    if ahead is None:
+      ahead = ask(cast, round_)
+    batch, drawn = ahead
+    overlaps = setup.ahead and round_ + 1 < rounds and not drained(round_)
+    ahead = ask(cast, round_ + 1) if overlaps else None
+    state, metrics, seen = learn(setup, compiled, state, cast, batch, drawn, clock, stale=stale)
     figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
     for name, value in figures.items():
       if not math.isfinite(value):
         raise FloatingPointError(f'round {round_}: {name} is {value}; stopped, nothing saved of it')
     after(round_, state, figures, seen)
   return state
+
+
+def _round_key(state: RunState, round_: Array | int) -> Array:
+  return jax.random.fold_in(jax.random.wrap_key_data(state.key), round_)
 
 
 def _bare(seen: Experience) -> Experience:
@@ -349,18 +429,3 @@ def _shapes(setup: Setup, state: RunState) -> Experience:
     )
 
   return jax.eval_shape(seen, state.params, state.anchors)
-
-
-class Clock:
-  """Seconds of each part of a round, once what it made is there."""
-
-  def __init__(self) -> None:
-    self.times: dict[str, float] = {}
-    self._since = time.perf_counter()
-
-  def stop(self, part: str, *made: Any) -> None:
-    """Wait for `made` and give the time since the last stop to `part`."""
-    jax.block_until_ready(made)
-    now = time.perf_counter()
-    self.times[f'time/{part}'] = now - self._since
-    self._since = now
