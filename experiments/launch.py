@@ -7,6 +7,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -48,7 +49,9 @@ def launch(document: str, get_config: Callable[[list[str]], ConfigDict], run: Ca
       for key, value in sorted(_leaves(get_config(argv))):
         print(f'  --config.{key}={"  (not set)" if value is None else value}')
       return
-    run(parse(get_config(argv), argv))
+    config = parse(get_config(argv), argv)
+    keep_compiled(config)
+    run(config)
   except KeyboardInterrupt:
     sys.exit('interrupted')
   except Exception as error:  # the contract: one clear line, whatever went wrong
@@ -57,6 +60,19 @@ def launch(document: str, get_config: Callable[[list[str]], ConfigDict], run: Ca
     kind = '' if isinstance(error, ValueError | flags.Error) else f'{type(error).__name__}: '
     line = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in f'{kind}{error}')
     sys.exit(f'error: {line}  (RLHF_JAX_TRACEBACK=1 shows where)')
+
+
+def keep_compiled(config: ConfigDict) -> None:
+  """Compiled functions stay beside the work directory, for the next start.
+
+  Nothing is changed where JAX was told already ($JAX_COMPILATION_CACHE_DIR, also when empty).
+  """
+  import jax  # after the flags: their errors wait for nothing
+
+  folder = config.get('workdir') or config.get('output')
+  told = jax.config.jax_compilation_cache_dir is not None
+  if folder and not told and 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    jax.config.update('jax_compilation_cache_dir', str(Path(folder).parent / '.jax_cache'))
 
 
 def _leaves(config: ConfigDict, prefix: str = ''):

@@ -1,5 +1,6 @@
 """Flags in, a config out; and what a failure looks like."""
 
+import jax
 import pytest
 from absl import flags as absl_flags
 from ml_collections import ConfigDict
@@ -119,3 +120,23 @@ def test_the_traceback_is_shown_on_demand(monkeypatch):
   monkeypatch.setattr('sys.argv', ['experiment', '--config.unknown=1'])
   with pytest.raises(ValueError, match='unknown flag'):
     launch.launch('a document', lambda _: ConfigDict({'rounds': 3}), print)
+
+
+@pytest.mark.parametrize(
+  ('config', 'before', 'after'),
+  [
+    ({'workdir': 'runs/a'}, None, 'runs/.jax_cache'),
+    ({'output': '/models/b'}, None, '/models/.jax_cache'),
+    ({'workdir': 'runs/a'}, 'elsewhere', 'elsewhere'),  # somebody decided already
+    ({}, None, None),
+  ],
+)
+def test_compiled_functions_stay_beside_the_work_directory(config, before, after, monkeypatch):
+  monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
+  cache = jax.config.jax_compilation_cache_dir
+  try:
+    jax.config.update('jax_compilation_cache_dir', before)
+    launch.keep_compiled(ConfigDict(config))
+    assert jax.config.jax_compilation_cache_dir == after
+  finally:
+    jax.config.update('jax_compilation_cache_dir', cache)
