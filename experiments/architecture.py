@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rlhf_jax import actor, tokens
+from rlhf_jax import actor, sharding, tokens
 from rlhf_jax.models import depth, heads, huggingface
 from rlhf_jax.models.base import LanguageModel
 from rlhf_jax.models.decoder import DecoderConfig, decoder
@@ -37,10 +37,13 @@ def check(config: ConfigDict, objective: Objective) -> None:
       raise ValueError(f'value.init is of a new head, and {kind} has its own: leave it alone')
 
 
-def model(config: ConfigDict, described: DecoderConfig) -> LanguageModel:
-  """The functions of a decoder as `config.model` has it compute."""
+def model(
+  config: ConfigDict, described: DecoderConfig, layout: sharding.Layout | None = None
+) -> LanguageModel:
+  """The functions of a decoder as `config.model` has it compute, on the devices of `layout`."""
   dtype = DTYPES[config.model.dtype]
-  return decoder(described, dtype, remat=config.model.remat, scan=config.model.scan)
+  ways = {'remat': config.model.remat, 'scan': config.model.scan}
+  return decoder(described, dtype, **ways, layout=layout)
 
 
 def value_function(
@@ -49,6 +52,7 @@ def value_function(
   policy: Params,
   tokenizer: tokens.Tokenizer,
   texts: list[str],
+  layout: sharding.Layout | None = None,
 ) -> tuple[LanguageModel | None, Callable[[], Params]]:
   """(a trunk of its own, or None for a head on the policy's states; what makes its first tree).
 
@@ -68,7 +72,7 @@ def value_function(
       )
     _, params, theirs = huggingface.read_reward_model(directory)
     tokens.check_fits(tokenizer, theirs.vocab_size)
-    return model(config, theirs), lambda: params
+    return model(config, theirs, layout), lambda: params
 
   def kernel() -> Params:
     key = actor.role_key(jax.random.key(config.seed), 'value')
@@ -76,5 +80,5 @@ def value_function(
 
   if config.value.model == 'head':
     return None, lambda: heads.init_value_head(described.width, kernel=kernel())
-  trunk = model(config, dataclasses.replace(described, tied=True))
+  trunk = model(config, dataclasses.replace(described, tied=True), layout)
   return trunk, lambda: heads.on_trunk(policy, kernel())

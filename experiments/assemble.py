@@ -2,25 +2,37 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import optax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from experiments import architecture, dataset, selection
+from experiments import architecture, dataset, judging, selection
 from experiments.fragments import BRADLEY_TERRY, EMBEDDED, RATERS
-from rlhf_jax import actor, anchors, learner, loop, optimizers, players, prompts, sharding, tokens
-from rlhf_jax.experience import Judging
-from rlhf_jax.judges import programmatic, remote, reward_model, rubric, texts
+from rlhf_jax import (
+  actor,
+  anchors,
+  distributed,
+  learner,
+  loop,
+  optimizers,
+  players,
+  prompts,
+  sharding,
+  tokens,
+)
+from rlhf_jax.judges import programmatic, texts
 from rlhf_jax.judges.base import Judge
 from rlhf_jax.models import adapters, families, huggingface, lora
+from rlhf_jax.models.base import LanguageModel
 from rlhf_jax.objectives import OBJECTIVES, Objective
 from rlhf_jax.objectives.regularised import regularised
 from rlhf_jax.reviews import grammar, reference
-from rlhf_jax.types import Params, Prompts, Sampling
+from rlhf_jax.types import Params, Prompts, Responses, Sampling
 
 EVALUATED = 256  # most held-out prompts answered in one batch
 LEAST = {
@@ -129,56 +141,6 @@ def adapted(
   )
 
 
-def judge_function(config: ConfigDict) -> programmatic.Function | None:
-  """What judges texts: a remote endpoint or the function named; None where it is a checkpoint.
-
-  Raises:
-    ValueError: settings that do not go together, or see `remote` and `programmatic.load`. No
-      endpoint is contacted.
-  """
-  judge = config.judge
-  if judge.endpoint is None:
-    if judge.model is not None:
-      raise ValueError(f'judge.model {judge.model!r} needs judge.endpoint, where it is served')
-    return programmatic.load(judge.function) if judge.checkpoint is None else None
-  if judge.checkpoint is not None:
-    raise ValueError('judge.endpoint and judge.checkpoint are two judges: give one')
-  if not judge.model:
-    raise ValueError('judge.endpoint needs judge.model, the name that the endpoint knows it by')
-  return remote.function(
-    endpoint=judge.endpoint,
-    model=judge.model,
-    rubric=rubric.read(judge.rubric),
-    cache=judge.cache or Path(config.workdir) / 'judge.sqlite',
-    key=remote.key_from(judge.key_env),
-    manner=remote.Manner(
-      concurrency=judge.concurrency,
-      timeout=judge.timeout,
-      retries=judge.retries,
-      deadline=judge.deadline,
-    ),
-  )
-
-
-def questions(config: ConfigDict, parts: 'Parts') -> str:
-  """The most that a run asks of a remote judge, in one sentence: somebody pays for it."""
-  objective, pairwise = parts.setup.objective, parts.setup.judging.judge.wins is not None
-  own, heldout = config.responses, sum(batch.tokens.shape[0] for batch in parts.heldout)
-  siblings = isinstance(objective.opponent, players.Siblings)
-  others = 0 if siblings or objective.opponent is None else config.opponents
-  a_prompt = own + others
-  if pairwise:  # both orders; siblings have each pair twice already
-    a_prompt = own * (own - 1) if siblings else 2 * own * others
-  a_prompt *= objective.judged
-  each = 2 * config.evaluate.responses ** (2 if pairwise else 1)
-  gaps = 2 * config.evaluate.gap_prompts * config.evaluate.gap_samples**2 if pairwise else 0
-  last = f', {gaps:,} for the duality gap at the end (evaluate.gap_prompts)' if gaps else ''
-  return (
-    f'remote judge: at most {config.batch * a_prompt:,} questions a round, '
-    f'{heldout * each:,} an evaluation{last}'
-  )
-
-
 def check_least(config: ConfigDict, least: Mapping[str, int]) -> None:
   """Refuse a count that would stop the run only once it is used.
 
@@ -192,8 +154,35 @@ def check_least(config: ConfigDict, least: Mapping[str, int]) -> None:
       raise ValueError(f'{name} must be at least {value}, got {found}')
 
 
+def device_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> sharding.Mesh:
+  """The mesh of `config.mesh`, over `devices` or all that JAX knows.
+
+  Raises:
+    ValueError: it does not fit them.
+  """
+  sizes = {axis: config.mesh[axis] for axis in sharding.AXES}
+  return sharding.mesh(**sizes, devices=devices)
+
+
+def parts_of_batch(config: ConfigDict, mesh: sharding.Mesh) -> int:
+  """What a batch must divide over, in the learner and in the rollout."""
+  return max(map(sharding.shards, (mesh, sharding.actor_mesh(mesh, config.mesh.actor))))
+
+
+def read(directory: str | Path, model: LanguageModel) -> Params:
+  """The parameters in `directory`, each straight to where the model's layout has it.
+
+  Raises:
+    ValueError: see `huggingface.read_model`.
+  """
+  assert model.layout is not None
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  places = flatten_dict(sharding.specs(shapes, *model.layout), sep='/')
+  return huggingface.read_model(directory, sharding=places.__getitem__)[1]
+
+
 def check_batch(config: ConfigDict, devices: int) -> None:
-  """Refuse a batch that does not divide over the devices.
+  """Refuse a batch that does not divide over the devices that split it.
 
   Raises:
     ValueError: it does not, or is below 1.
@@ -203,8 +192,9 @@ def check_batch(config: ConfigDict, devices: int) -> None:
 
 
 def say(line: str) -> None:
-  """A line of progress on standard error; standard output carries results."""
-  print(line, file=sys.stderr, flush=True)
+  """A line of progress on standard error, by one process; standard output carries results."""
+  if distributed.first():
+    print(line, file=sys.stderr, flush=True)
 
 
 def parts(config: ConfigDict) -> Parts:
@@ -216,8 +206,10 @@ def parts(config: ConfigDict) -> Parts:
   check_least(config, LEAST)
   chosen = selection.applied(config.selection, objective(config))
   settings, spending = sampling(config), schedule(config)
-  optimiser, mesh = optimizer(config), sharding.data_mesh()
-  check_batch(config, mesh.size)
+  optimiser, mesh = optimizer(config), device_mesh(config)
+  acting = sharding.actor_mesh(mesh, config.mesh.actor)
+  split = parts_of_batch(config, mesh)
+  check_batch(config, split)
   kept = selection.replayed(config.selection.replay, config.batch)
   targets(config.lora, config.policy.checkpoint)
   architecture.check(config, chosen)
@@ -230,20 +222,14 @@ def parts(config: ConfigDict) -> Parts:
         'policy.soup needs lora.rank 0: beside adapters the reference is the base itself'
       )
     huggingface.read_config(config.policy.soup)
-  function = judge_function(config)
-  name = config.judge.function if config.judge.endpoint is None else f'remote {config.judge.model}'
-  if function is None:
-    huggingface.read_json(Path(config.judge.checkpoint) / 'config.json')
-    pointwise = True
-  else:
-    pointwise = programmatic.arity(function) == 2
-  # The judge's shape is known: refuse it now, before a reference is trained or a model read.
-  kind = Judge(name, (lambda *_: None) if pointwise else None, None)  # type: ignore
+  judges = judging.opened(config)
+  chosen = judging.constrained(config, chosen, judges)
+  # What the judges give is known: refuse it now, before a reference is trained or a model read.
   loop.check(
     loop.Setup(
       model=None,  # type: ignore[arg-type]
       objective=chosen,
-      judging=Judging(kind, config.judge.link),
+      judging=judges.shape,
       sample=None,  # type: ignore[arg-type]
       settings=settings,
       optimizer=optimiser,
@@ -258,59 +244,82 @@ def parts(config: ConfigDict) -> Parts:
   if offline:
     check_least(config, {'prompts.pairs': 1})
     dataset.check(training, pairs=chosen.judged)
-  if function is not None and name in EMBEDDED:
-    _check_embedded(name, training + heldout)
+  for name in judges.names:
+    if name in EMBEDDED:
+      _check_embedded(name, training + heldout)
 
-  directory = Path(config.policy.checkpoint or reference.reference(progress=_say))
+  directory = Path(config.policy.checkpoint or reference.reference(progress=say))
   _, described = huggingface.read_config(directory)
   tokenizer = tokens.read_tokenizer(directory)
   tokens.check_fits(tokenizer, described.vocab_size)
-  policy = huggingface.read_model(directory)[1]
-  model, value_model, value = architecture.model(config, described), None, None
+  heads = {'heads': described.heads, 'kv_heads': described.kv_heads}
+  layout = sharding.Layout(mesh, sharding.rules(mesh, **heads))
+  model, value_model, value = architecture.model(config, described, layout), None, None
+  whole = read(directory, model)
   training, heldout = (prompts.rendered(rows, tokenizer.chat) for rows in (training, heldout))
   if 'value' in chosen.needs:
-    read = [str(row.prompt) for row in training]
-    value_model, value = architecture.value_function(config, described, policy, tokenizer, read)
+    asked = [str(row.prompt) for row in training]
+    value_model, value = architecture.value_function(
+      config, described, whole, tokenizer, asked, layout
+    )
   contexts = [one.context for one in (model, value_model) if one is not None]
   limits = {'context': min(contexts), 'max_tokens': chosen.turns * config.sampling.max_tokens}
-  heldout = heldout[: _whole(len(heldout), mesh.size)]
+  heldout = heldout[: _whole(len(heldout), split)]
   batches = prompts.fixed(
-    heldout, tokenizer.prompt, batch=_whole(min(len(heldout), EVALUATED), mesh.size), **limits
+    heldout, tokenizer.prompt, batch=_whole(min(len(heldout), EVALUATED), split), **limits
   )
 
   decode = texts.decoder(tokenizer)
-  if function is None:
-    judge = reward_model.from_checkpoint(config.judge.checkpoint, decode)
-  else:
-    judge = programmatic.from_function(function, decode, name)
   rival = None
-  if function is not None and name == RATERS:
+  if judges.names == (RATERS,):
     rival = programmatic.from_function(programmatic.load(BRADLEY_TERRY), decode, BRADLEY_TERRY)
-  whole = sharding.replicate(policy, mesh)
+    rival = distributed.judged_once(rival, mesh)
   base, policy, frozen = adapted(config.lora, directory, whole, config.seed)
   if config.policy.soup is not None:
-    other = sharding.replicate(huggingface.read_model(config.policy.soup)[1], mesh)
-    frozen = anchors.soup([whole, other])
+    frozen = anchors.soup([whole, read(config.policy.soup, model)])
+  sample = actor.sampler(
+    model,
+    max_tokens=config.sampling.max_tokens,
+    end_tokens=tokenizer.end_tokens,
+    mesh=acting,
+    truncates=False,
+  )
+  if config.mesh.actor != 'same':
+    there = sharding.Layout(acting, sharding.rules(acting, **heads))
+    sample = actor.placed(sample, there, layout)
+
+  def calibrating(batch: Prompts) -> Responses:
+    """Fresh responses of the reference, for judges that count from them."""
+    return sample(
+      {'reference': lora.join(base, frozen)},
+      players.REFERENCE,
+      batch.tokens,
+      batch.attended,
+      batch.ordinals,
+      actor.role_key(jax.random.key(config.seed), 'calibrate'),
+      settings,
+      responses=config.judge.reference_responses,
+    )
+
   setup = loop.Setup(
     model=model,
     objective=chosen,
-    judging=Judging(judge, config.judge.link),
-    sample=actor.sampler(
-      model, max_tokens=config.sampling.max_tokens, end_tokens=tokenizer.end_tokens, mesh=mesh
-    ),
+    judging=judges.load(decode, calibrating, lambda one: distributed.judged_once(one, mesh)),
+    sample=sample,
     settings=settings,
     optimizer=optimiser,
     schedule=spending,
     responses=config.responses,
     opponents=config.opponents,
-    base=sharding.replicate(base, mesh),
+    base=sharding.place(base, layout),
     value_model=value_model,
     offload=offload,
     replay=kept and kept._replace(length=prompts.width(training, tokenizer.prompt, **limits)),
   )
 
   def placed(batch: Prompts) -> Prompts:
-    return sharding.shard_batch(batch._replace(texts=None), mesh)._replace(texts=batch.texts)
+    arrays = batch._replace(texts=None)
+    return distributed.globally(arrays, mesh, len(batch.texts or ()))._replace(texts=batch.texts)
 
   def served(rows: list[prompts.Row]) -> list[Prompts]:
     rows = rows + [rows[n % len(rows)] for n in range(-len(rows) % config.batch)]
@@ -329,13 +338,19 @@ def parts(config: ConfigDict) -> Parts:
       Path(config.workdir), training, tokenizer, draw, max_tokens=config.sampling.max_tokens
     )
   stream = prompts.source(
-    training, tokenizer.prompt, seed=config.seed, batch=config.batch, record=record, **limits
+    training,
+    tokenizer.prompt,
+    seed=config.seed,
+    batch=config.batch,
+    record=record,
+    share=distributed.rows(mesh, config.batch).tolist(),
+    **limits,
   )
   return Parts(
     setup=setup,
-    policy=sharding.replicate(policy, mesh),
+    policy=sharding.place(policy, layout),
     reference=frozen,
-    value=None if value is None else sharding.replicate(value(), mesh),
+    value=None if value is None else sharding.place({'value': value()}, layout)['value'],
     directory=directory,
     tokenizer=tokenizer,
     stream=lambda number: placed(stream(number)),
@@ -355,10 +370,6 @@ def _rows(config: ConfigDict, *, recorded: bool) -> tuple[list[prompts.Row], lis
     return rows, prompts.read(wanted)
   training, heldout = prompts.split(rows, int(wanted))
   return training, heldout or training
-
-
-def _say(line: str) -> None:
-  print(line, file=sys.stderr, flush=True)
 
 
 def _check_embedded(judge: str, rows: list[prompts.Row]) -> None:

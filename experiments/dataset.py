@@ -12,9 +12,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from rlhf_jax import actor, experience, loop, players, prompts, recordings
+from rlhf_jax import actor, distributed, experience, loop, players, prompts, recordings
 from rlhf_jax.judges import texts
 from rlhf_jax.tokens import Tokenizer
 from rlhf_jax.types import Array, Params, Prompts, Recording, Responses
@@ -50,11 +49,14 @@ def recorded(
   found = list(training)
   if found[0].told is None:
     path = workdir / FILE
-    if not path.is_file():
-      workdir.mkdir(parents=True, exist_ok=True)
-      part = path.with_suffix('.part')
-      part.write_text(''.join(json.dumps(row) + '\n' for row in draw()), encoding='utf-8')
-      os.replace(part, path)
+    if distributed.agreed(not path.is_file()):
+      text = ''.join(json.dumps(row) + '\n' for row in draw())
+      if distributed.first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix('.part')
+        part.write_text(text, encoding='utf-8')
+        os.replace(part, path)
+      distributed.barrier(FILE)
     found = prompts.read(path, recorded=True)
   told = [row.told for row in found if row.told is not None]
   asked = [prompts.as_text(row) for row in found]
@@ -99,7 +101,8 @@ def drawn(
       responses=2 * pairs,
     )
     _, wins, _ = experience.judge_round(setup.judging, compared, batch, own, own)
-    answers, labels = decode(batch, own), np.asarray(wins)
+    asked, own, labels = distributed.fetched((batch._replace(texts=None), own, wins))
+    answers = decode(asked, own)
     for b, prompt in enumerate((batch.texts or ())[:left]):
       fits = [len(tokenizer.response(prompt, text)) <= max_tokens for text in answers[b]]
       for n in range(0, 2 * pairs, 2):

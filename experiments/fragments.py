@@ -36,15 +36,19 @@ def experiment(name: str, *, judge: str, **objective) -> ConfigDict:
   config.memory = ConfigDict()  # what lies in the host's memory, on GPU and TPU and CPU
   config.memory.offload_reference = False
   config.memory.offload_optimizer = False
+  config.mesh = mesh()
+  config.distributed = distributed()
   config.prompts = ConfigDict()
   config.prompts.path = placeholder(str)  # JSONL of {"prompt": ...}; default: embedded task
   config.judge = ConfigDict()
   config.judge.function = judge  # module:function or FILE.py:function
-  config.judge.checkpoint = placeholder(str)  # a reward model's directory, in place of a function
+  config.judge.checkpoint = placeholder(str)  # a directory in place of it: experiments/judging.py
   config.judge.update(remote())
+  config.judge.update(combination())
   config.judge.link = 'bradley_terry'  # from rewards to wins; or 'compare': 1, half, 0
   config.optimizer = optimizer(learning_rate=5e-4)
   config.learner = ConfigDict({'passes': 1, 'minibatches': 1, 'microbatches': 1})
+  config.learner.nonfinite = 'stop'  # 'skip' leaves out steps whose loss or gradient is no number
   config.evaluate = ConfigDict()
   config.evaluate.every = 20  # rounds; also the first and the last
   config.evaluate.prompts = '128'  # held-out prompts: so many split off by hash, or a JSONL file
@@ -85,6 +89,30 @@ def remote() -> ConfigDict:
   )
 
 
+def combination() -> ConfigDict:
+  """Several judges (functions or directories with commas between them) and what becomes of them."""
+  return ConfigDict(
+    {
+      'beside': placeholder(str),  # further functions and directories, beside the judge
+      'combine': placeholder(str),  # mean, worst, uncertainty_weighted, weighted_sum or soft_and
+      'uncertainty': 0.0,  # λ of uncertainty_weighted, in 1 over the rewards' unit
+      'weights': (),  # of weighted_sum, one a judge: 1.0,0.5
+      'thresholds': (),  # of soft_and, one a judge
+      'calibrate': placeholder(str),  # by the reference's own responses: quantile or centred
+      'quantile': 0.85,  # of `centred`: what a reward is counted from
+      'reference_responses': 8,  # drawn to each prompt to calibrate by
+      'exponent': 0.0,  # t: the reward becomes sign(t) exp(t r); 0 leaves it
+      'length_penalty': 0.0,  # reward taken off for each token of a response
+      'policy_as': 'implicit',  # how a policy's directory judges; 'verdict': by answering `rubric`
+      'implicit_reference': placeholder(str),  # the directory of what it was trained from
+      'implicit_weight': 0.1,  # β of its reward β log π/μ
+      'constraints': placeholder(str),  # functions and directories whose rewards must be reached
+      'at_least': (),  # on average, one a constraint
+      'multiplier_rate': 0.1,  # how far a constraint's multiplier climbs for what it lacked
+    }
+  )
+
+
 def offline(name: str, *, judge: str, **objective) -> ConfigDict:
   """The same for an objective that learns from recorded responses.
 
@@ -103,6 +131,29 @@ def model() -> ConfigDict:
       'dtype': 'float32',  # of products and activations; or 'bfloat16'
       'remat': 'none',  # keeps all activations; 'dots': products; 'layer': each layer's input
       'scan': False,  # compile one layer and loop over it
+    }
+  )
+
+
+def mesh() -> ConfigDict:
+  """How the devices are used (rlhf_jax/sharding.py): their number is the product of all three."""
+  return ConfigDict(
+    {
+      'data': 0,  # parts of a batch with parameters of their own; 0: all that the others leave
+      'fsdp': 1,  # parts of a batch that hold one set of parameters between them
+      'tensor': 1,  # devices that divide each product among them
+      'actor': 'same',  # in the rollout; or 'replicated', or 'tensor': over fsdp x tensor
+    }
+  )
+
+
+def distributed() -> ConfigDict:
+  """Several processes as one run (docs/pods.md); alone."""
+  return ConfigDict(
+    {
+      'coordinator': placeholder(str),  # HOST:PORT of process 0; 'auto': TPU VM, GKE, Slurm, MPI
+      'processes': placeholder(int),  # how many; found with 'auto'
+      'process': placeholder(int),  # which one this is, from 0; found with 'auto'
     }
   )
 

@@ -70,7 +70,7 @@ def keep_compiled(config: ConfigDict) -> None:
   import jax  # after the flags: their errors wait for nothing
 
   folder = config.get('workdir') or config.get('output')
-  told = jax.config.jax_compilation_cache_dir is not None
+  told = jax.config.values['jax_compilation_cache_dir'] is not None
   if folder and not told and 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', str(Path(folder).parent / '.jax_cache'))
 

@@ -62,8 +62,8 @@ def find(run: str | None, checkpoint: str | None) -> Source:
   return Source(directory, config, tokenizer, None if run is None else Path(run), found)
 
 
-def load(source: Source, *, best: bool, merged: bool = False) -> Policy:
-  """The weights: of a run its best checkpoint by held-out win rate, or its newest.
+def load(source: Source, *, best: bool, merged: bool = False, round: int | None = None) -> Policy:
+  """The weights: of a run its best checkpoint by held-out win rate, its newest, or that of `round`.
 
   LoRA adapters stand beside their base, or with `merged` are added into it.
 
@@ -73,13 +73,15 @@ def load(source: Source, *, best: bool, merged: bool = False) -> Policy:
   if source.run is None:
     model, params, _ = huggingface.read_model(source.directory)
     return Policy(model, params, None)
-  model, base, learnt, round_ = learned(source, best=best)
+  model, base, learnt, round_ = learned(source, best=best, round=round)
   if merged and base is not None:
     return Policy(model, lora.merge(base, learnt), round_)
   return Policy(model, lora.join(base, learnt), round_)
 
 
-def learned(source: Source, *, best: bool) -> tuple[LanguageModel, lora.Base | None, Params, int]:
+def learned(
+  source: Source, *, best: bool, round: int | None = None
+) -> tuple[LanguageModel, lora.Base | None, Params, int]:
   """(functions, what the run's adapters stand beside, what the run has learned, its rounds).
 
   Raises:
@@ -96,6 +98,6 @@ def learned(source: Source, *, best: bool) -> tuple[LanguageModel, lora.Base | N
     found = checkpoints.restore(saves / checkpoints.BEST, {'policy': learnt})
     learnt = found.state['policy']
   else:
-    found = checkpoints.restore(saves, {'params': {'policy': learnt}}, partial=True)
+    found = checkpoints.restore(saves, {'params': {'policy': learnt}}, partial=True, round=round)
     learnt = found.state['params']['policy']
   return model, base, learnt, found.round

@@ -1,5 +1,6 @@
 """A run: assemble, resume what the work directory holds, train, evaluate, save, report."""
 
+import contextlib
 import json
 import sys
 import time
@@ -10,8 +11,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from experiments import assemble
-from rlhf_jax import actor, checkpoints, loop, metrics
+from experiments import assemble, judging
+from rlhf_jax import actor, checkpoints, distributed, loop, metrics, survival
 from rlhf_jax.evaluation import held_out, report
 from rlhf_jax.evaluation.held_out import HeldOut
 from rlhf_jax.judges import texts
@@ -25,21 +26,35 @@ ASKED = ('endpoint', 'key_env', 'concurrency', 'timeout', 'retries', 'deadline',
 def run(config: ConfigDict) -> None:
   """Train until `config.rounds`, from wherever the work directory stands.
 
+  SIGTERM ends it after the round in progress, saved, with exit status 143.
+
   Raises:
-    ValueError: something in the config does not fit; or the work directory holds another run.
+    ValueError: something in the config does not fit; or the work directory holds another run, or
+      another process is at work in it.
+    OSError: a checkpoint could not be written; those before it are as they were.
   """
+  distributed.initialize(**config.distributed)
+  with survival.only_one(config.workdir):
+    _run(config)
+
+
+def _run(config: ConfigDict) -> None:
   # --- What is asked for, and what is there ------------------------------------------------------
-  workdir = Path(config.workdir)
+  workdir, done = Path(config.workdir), None
+  saves, page = workdir / 'checkpoints', workdir / 'report.md'
   _refuse_other_run(workdir, config)
-  parts = assemble.parts(config)
-  setup, saves = parts.setup, workdir / 'checkpoints'
-  state = loop.start(setup, jax.random.key(config.seed), parts.policy, parts.reference, parts.value)
-  done = None
-  if checkpoints.rounds(saves):
-    done, state, _ = checkpoints.restore(saves, state)
-    if done >= config.rounds and (workdir / 'report.md').exists():
-      print(f'{workdir} is finished: {done} rounds. See {workdir / "report.md"}')
+  if page.exists() and max(checkpoints.rounds(saves), default=0) >= config.rounds:
+    done = int(checkpoints.newest(saves).name)
+    if done >= config.rounds:
+      _print(f'{workdir} is finished: {done} rounds. See {page}')
       return
+  parts = assemble.parts(config)
+  setup = parts.setup
+  state = loop.start(setup, jax.random.key(config.seed), parts.policy, parts.reference, parts.value)
+  if checkpoints.rounds(saves):
+    target = checkpoints.shapes(state)
+    del state  # one state in memory, not two
+    done, state, _ = checkpoints.restore(saves, target)
 
   # --- The run -----------------------------------------------------------------------------------
   evaluate = held_out.evaluator(
@@ -58,22 +73,24 @@ def run(config: ConfigDict) -> None:
     resume_round=None if done is None else done - 1,
   )
   _describe(workdir, config, resumed=done is not None)
-  (workdir / 'report.md').unlink(missing_ok=True)  # of fewer rounds; its absence means unfinished
+  page.unlink(missing_ok=True)  # of fewer rounds; its absence means unfinished
   assemble.say(f'{workdir}: {config.objective.name}, {done or 0} of {config.rounds} rounds done')
   if config.judge.endpoint is not None:
-    assemble.say(assemble.questions(config, parts))
+    assemble.say(judging.questions(config, setup, parts.heldout))
   if setup.base is not None:
     assemble.say(lora.describe(setup.base, state.params, state.optimizer))
   found: HeldOut | None = None
+  saver = checkpoints.open_saver(saves, keep=config.checkpoint.keep, figure='evaluate/win_rate')
   progress = metrics.open_progress(config.rounds, done=done or 0)
 
   def held(state: loop.RunState) -> HeldOut:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.round)
     return evaluate(*_sides(setup, state), key)
 
-  def after(round_: int, state: loop.RunState, figures: dict[str, float], seen: Experience) -> None:
+  def after(round_: int, state: loop.RunState, figures: dict[str, float], seen: Experience) -> bool:
     nonlocal found
     del seen
+    saver.check()
     last = round_ + 1 == config.rounds
     if round_ % config.evaluate.every == 0 or last:
       since = time.perf_counter()
@@ -81,17 +98,29 @@ def run(config: ConfigDict) -> None:
       figures |= found.metrics() | {'time/evaluate': time.perf_counter() - since}
       writer.write_samples(round_, _samples(found, parts, config.logging.samples))
       best = {'policy': state.params['policy']}
-      checkpoints.save_best(saves, round_ + 1, best, found.metrics(), figure='evaluate/win_rate')
+      saver.save_best(round_ + 1, best, found.metrics())
     writer.write(round_, figures)
-    if (round_ + 1) % config.checkpoint.every == 0 or last:
-      checkpoints.save(saves, round_ + 1, state, {}, keep=config.checkpoint.keep)
+    stop = asked_to_stop() and not last
+    if (round_ + 1) % config.checkpoint.every == 0 or last or stop:
+      writer.sync()  # a checkpoint without its rows could not be resumed
+      saver.save(round_ + 1, state, {})
     progress.update(round_ + 1, figures)
+    return stop
 
   try:
-    state = loop.run(setup, state, rounds=config.rounds, prompts=parts.stream, after=after)
+    with survival.stopping() as asked_to_stop:
+      state = loop.run(setup, state, rounds=config.rounds, prompts=parts.stream, after=after)
+      saver.wait()
+  except BaseException:
+    with contextlib.suppress(OSError):  # what was saved before is worth its last bytes
+      saver.wait()
+    raise
   finally:
     progress.close()
     writer.close()
+  if state.round < config.rounds:
+    assemble.say(f'{workdir}: {int(state.round)} of {config.rounds} rounds saved; start it again')
+    sys.exit(survival.TERMINATED)
 
   # --- The report --------------------------------------------------------------------------------
   found = found or held(state)  # a run that only lacked its report played no round
@@ -99,6 +128,8 @@ def run(config: ConfigDict) -> None:
   if config.evaluate.gap_prompts and setup.judging.judge.wins is not None:
     gaps, note = _gaps(config, parts, state, found)
     summary, notes = summary | gaps, [note]
+  if not distributed.first():
+    return
   page = report.write_report(
     workdir,
     summary,
@@ -121,10 +152,11 @@ def _gaps(
   config: ConfigDict, parts: assemble.Parts, state: loop.RunState, found: HeldOut
 ) -> tuple[dict[str, Any], str]:
   """Duality gaps on the first held-out prompts, and the sentence that says what they are."""
-  batch = parts.heldout[0]
-  devices = len(jax.devices())
-  count = max(devices, min(config.evaluate.gap_prompts, batch.tokens.shape[0]) // devices * devices)
-  few = jax.tree.map(lambda x: x[:count], batch._replace(texts=None))
+  batch, mesh = parts.heldout[0], assemble.device_mesh(config)
+  split = assemble.parts_of_batch(config, mesh)
+  count = max(split, min(config.evaluate.gap_prompts, batch.tokens.shape[0]) // split * split)
+  first = jax.tree.map(lambda x: x[:count], distributed.fetched(batch._replace(texts=None)))
+  few = distributed.globally(first, mesh, count)
   tau = config.objective.get('kl_weight') or 0.1
   samples = config.evaluate.gap_samples
   key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.round)
@@ -171,15 +203,16 @@ def _samples(found: HeldOut, parts: assemble.Parts, count: int) -> list[dict[str
 
 
 def _refuse_other_run(workdir: Path, config: ConfigDict) -> None:
-  """A work directory goes on only with its own config; `rounds`, what is logged and what lies in
-  the host's memory may change, and of a remote judge where and how it is asked: its model and
-  rubric are what it is."""
+  """A work directory goes on only with its own config; `rounds`, what is logged, what lies in the
+  host's memory and how devices are laid out may change, whether a step that is not finite stops
+  the run, and of a remote judge where and how it is asked: its model and rubric are what it is."""
   path = workdir / 'config.json'
   if not path.exists():
     return
   before, now = _flat(json.loads(path.read_text())), _flat(metrics.redacted(config.to_dict()))
   asked = (f'judge.{key}' for key in ASKED)
-  free = ('rounds', 'logging.', 'checkpoint.', 'memory.', 'workdir', *asked)
+  layout = ('memory.', 'mesh.', 'distributed.')
+  free = ('rounds', 'logging.', 'checkpoint.', 'learner.nonfinite', 'workdir', *layout, *asked)
   other = [k for k in {**before, **now} if before.get(k) != now.get(k) and not k.startswith(free)]
   if other:
     found = ', '.join(f'{k} {before.get(k)!r} there and {now.get(k)!r} here' for k in sorted(other))
@@ -188,6 +221,8 @@ def _refuse_other_run(workdir: Path, config: ConfigDict) -> None:
 
 def _describe(workdir: Path, config: ConfigDict, *, resumed: bool) -> None:
   """config.json and manifest.json; a resume under other versions or cores warns."""
+  if not distributed.first():
+    return
   manifest = metrics.manifest(seeds={'run': config.seed}, command=_command())
   if resumed and (workdir / 'manifest.json').exists():
     before = json.loads((workdir / 'manifest.json').read_text())
@@ -196,6 +231,12 @@ def _describe(workdir: Path, config: ConfigDict, *, resumed: bool) -> None:
   workdir.mkdir(parents=True, exist_ok=True)
   metrics.write_config(workdir, config.to_dict())
   metrics.write_manifest(workdir, manifest)
+
+
+def _print(line: str) -> None:
+  """On standard output, by one process."""
+  if distributed.first():
+    print(line)
 
 
 def _command() -> list[str]:

@@ -6,6 +6,7 @@ neither batching nor the number of devices changes it, and two roles never share
 
 import functools
 import math
+import weakref
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -54,11 +55,14 @@ def truncated(
 
   def cut(logp: Array) -> Array:
     size = logp.shape[-1]
-    order = jnp.argsort(-logp, -1)
-    ranked = jnp.take_along_axis(logp, order, -1)
+    # Values are sorted, not their places: that takes a TPU's compiler far longer.
+    ranked = jnp.flip(jnp.sort(logp, -1), -1)
     mass_before = jnp.cumsum(jnp.exp(ranked), -1) - jnp.exp(ranked)
     kept = (jnp.arange(size) < jnp.where(top_k > 0, top_k, size)) & (mass_before < top_p)
-    kept = jnp.take_along_axis(kept, jnp.argsort(order, -1), -1)
+    least = jnp.min(jnp.where(kept, ranked, jnp.inf), -1, keepdims=True)
+    tied = logp == least
+    room = jnp.sum(kept, -1, keepdims=True) - jnp.sum(logp > least, -1, keepdims=True)
+    kept = (logp > least) | (tied & (jnp.cumsum(tied, -1) <= room))  # of equals the first ones
     return jax.nn.log_softmax(jnp.where(kept, logp, -jnp.inf), -1)
 
   return jax.lax.cond((top_k > 0) | (top_p < 1), cut, lambda logp: logp, logp)
@@ -129,9 +133,17 @@ class _Loop(NamedTuple):
 
 
 def sampler(
-  model: LanguageModel, *, max_tokens: int, end_tokens: tuple[int, ...], mesh: sharding.Mesh
+  model: LanguageModel,
+  *,
+  max_tokens: int,
+  end_tokens: tuple[int, ...],
+  mesh: sharding.Mesh,
+  truncates: bool = True,
 ) -> Callable[..., Responses]:
   """The compiled rollout of `model`: T = `max_tokens`, ended by any of `end_tokens`.
+
+  Without `truncates` top-k and top-p are left out of the program, since training never has them: a
+  TPU's compiler is longer at sorting a vocabulary than at all the rest.
 
   Returns:
     sample(params {name: parameters}, player, prompts i32[B, P], prompt_attended, ordinals i32[B],
@@ -151,10 +163,15 @@ def sampler(
 
     def choose(hidden: Mapping[str, Array], loop: _Loop) -> _Loop:
       """Draw the next token of every response that goes on, and write it down."""
-      law = {n: logprobs.log_softmax(model.head(params[n], hidden[n]), temperature) for n in names}
-      logp = truncated(logprobs.mixture(law, weights), settings.top_k, settings.top_p)
+      heads = {n: functools.partial(model.head, params[n]) for n in names}
+      logits = {n: sharding.by_rows(heads[n], hidden[n], mesh) for n in names}
+      law = {n: logprobs.log_softmax(logits[n], temperature) for n in names}
+      logp = logprobs.mixture(law, weights)
+      if truncates:
+        logp = truncated(logp, settings.top_k, settings.top_p)
       drawn = inverse_cdf(jnp.exp(logp), _uniforms(keys, loop.position))
       token = jnp.where(greedy, jnp.argmax(logp, -1), drawn).astype(jnp.int32)
+      token = sharding.whole(token, mesh)
       live = ~loop.done
 
       def picked(logp: Array) -> Array:
@@ -167,7 +184,7 @@ def sampler(
       ends = jnp.isin(token, jnp.asarray(end_tokens, jnp.int32)) if end_tokens else False
       return loop._replace(
         position=loop.position + 1,
-        done=loop.done | ends,
+        done=sharding.whole(loop.done | ends, mesh),
         token=token,
         tokens=put(loop.tokens, jnp.where(live, token, 0)),
         attended=put(loop.attended, live),
@@ -228,9 +245,8 @@ def sampler(
       mesh,
       (False, False, True, True, True, False, False),
     )
-    tokens, attended, logp, members, ended = run(
-      params, player, prompts, prompt_attended, ordinals, key, settings
-    )
+    drawn = run(params, player, prompts, prompt_attended, ordinals, key, settings)
+    tokens, attended, logp, members, ended = sharding.constrain_batch(drawn, mesh)
     return Responses(
       tokens=tokens,
       attended=attended,
@@ -244,3 +260,35 @@ def sampler(
     )
 
   return jax.jit(sample, static_argnames='responses')
+
+
+def placed(
+  sample: Callable[..., Responses], there: sharding.Layout, back: sharding.Layout
+) -> Callable[..., Responses]:
+  """`sample`, made for the mesh of `there`, for what lies on the mesh of `back`, and back to it.
+
+  Parameters move from device to device. Where the devices are others, what has been copied is kept
+  as long as what it was copied from, so that an anchor that never moves is copied once.
+  """
+  elsewhere = set(there.mesh.devices.flat) != set(back.mesh.devices.flat)
+  kept: dict[int, tuple[weakref.ref, Array]] = {}
+
+  def moved(leaf: Array, where: Any) -> Array:
+    known = kept.get(id(leaf))
+    if known is not None and known[0]() is leaf:
+      return known[1]
+    copy = jax.device_put(leaf, where)
+    if elsewhere and not isinstance(leaf, jax.core.Tracer):
+      kept[id(leaf)] = weakref.ref(leaf), copy
+    return copy
+
+  def run(params, player, prompts, prompt_attended, ordinals, key, settings, *, responses):
+    for number in [number for number, (source, _) in kept.items() if source() is None]:
+      del kept[number]
+    params = jax.tree.map(moved, params, sharding.specs(params, *there))
+    batch = sharding.shard_batch((prompts, prompt_attended, ordinals), there.mesh)
+    player, key, settings = sharding.replicate((player, key, settings), there.mesh)
+    drawn = sample(params, player, *batch, key, settings, responses=responses)
+    return sharding.shard_batch(drawn, back.mesh)
+
+  return run

@@ -1,26 +1,42 @@
 """Checkpoints: the only importer of orbax.
 
 A directory holds one folder per saved round, and in it what orbax wrote plus `record.json`: the
-metadata, the shape of every leaf and a SHA-256 of every file. The record is written last, so a
-folder without one is a save that was cut off, and damage is found before anything is loaded (orbax
-itself returns a flipped bit as a value). Saving is synchronous, from one process.
+metadata, the shape of every leaf and a SHA-256 of every file. The record is written last, in one
+step, so a folder without one is a save that was cut off, and damage is found before anything is
+loaded (orbax itself returns a flipped bit as a value).
+
+Every process of a run calls `save`, `begin` and `restore`: each writes and reads the shards of its
+own devices, nothing is gathered. They share the directory; the first writes the record and removes
+what is old.
 """
 
-import hashlib
-import json
+import itertools
+import logging
 import math
 import shutil
 import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from orbax.checkpoint import multihost
 from orbax.checkpoint import v1 as ocp
 
-RECORD = 'record.json'
+from rlhf_jax import seals
+
 BEST = 'best'
+PATIENCE = 20 * 60 * 1000  # milliseconds that a process waits for the files of another
+
+# One thread, so that saves are finished in the order in which they began, on every process.
+_finishing = ThreadPoolExecutor(1, 'checkpoint')
+_meetings = itertools.count()
+
+# What a save fails with is raised; orbax's threads would print pages of it as well.
+logging.getLogger('absl').addFilter(lambda said: not said.exc_info or 'orbax' not in said.pathname)
 
 
 class Saved(NamedTuple):
@@ -29,6 +45,52 @@ class Saved(NamedTuple):
   round: int
   state: Any
   metadata: dict[str, Any]
+
+
+class Saver(NamedTuple):
+  """Saves while the run goes on. Each function raises OSError if an earlier save has failed."""
+
+  save: Callable[[int, Any, dict[str, Any]], None]
+  save_best: Callable[[int, Any, dict[str, Any]], bool]  # says if it was better, and so is saved
+  check: Callable[[], None]  # waits for nothing
+  wait: Callable[[], None]  # until all is on disk
+
+
+def open_saver(directory: str | Path, *, keep: int = 2, figure: str) -> Saver:
+  """Saves to `directory`, and the best by `metadata[figure]` to `directory`/best.
+
+  A save returns once the state is off the devices, or cannot be written over. The one in flight is
+  waited for before the next one of its kind.
+  """
+  directory = Path(directory)
+  flying: dict[Path, Future] = {}
+  record = best_figure(directory / BEST, figure)
+
+  def launch(where: Path, *saved: Any, keep: int) -> None:
+    if where in flying:
+      flying.pop(where).result()
+    flying[where] = begin(where, *saved, keep=keep)
+
+  def save(round: int, state: Any, metadata: dict[str, Any]) -> None:
+    launch(directory, round, state, metadata, keep=keep)
+
+  def save_best(round: int, state: Any, metadata: dict[str, Any]) -> bool:
+    nonlocal record
+    if better := metadata[figure] > record:  # NaN is never better
+      record = metadata[figure]
+      launch(directory / BEST, round, state, metadata, keep=1)
+    return better
+
+  def check() -> None:
+    for one in flying.values():
+      if one.done():
+        one.result()
+
+  def wait() -> None:
+    while flying:
+      flying.popitem()[1].result()
+
+  return Saver(save, save_best, check, wait)
 
 
 def save(
@@ -40,69 +102,128 @@ def save(
 
   Raises:
     ValueError: a leaf of `state` is no array.
+    OSError: it could not be written; nothing older was removed.
   """
-  directory, leaves = Path(directory).absolute(), _leaves(state)
-  for path in _unfinished(directory):
-    shutil.rmtree(path)
-  with ocp.training.Checkpointer(directory) as checkpointer:
-    checkpointer.save(round, state, force=True, overwrite=True)
-  folder = directory / str(round)
-  record = {'metadata': metadata, 'leaves': leaves, 'files': _digests(folder)}
-  (folder / RECORD).write_text(json.dumps(record))
-  done = rounds(directory)
-  for old in {r for r in done if r > round}.union([r for r in done if r <= round][:-keep]):
-    (directory / str(old) / RECORD).unlink()  # first, so that half a folder never counts as a save
-    shutil.rmtree(directory / str(old))
+  begin(directory, round, state, metadata, keep=keep).result()
 
 
 def save_best(
   directory: str | Path, round: int, state: Any, metadata: dict[str, Any], *, figure: str
 ) -> bool:
   """Saves to `directory`/best if `metadata[figure]` beats that of the save there; says if so."""
-  best = Path(directory) / BEST
-  kept = [_record(best / str(r)) for r in rounds(best) if not _damage(best / str(r))]
-  earlier = [record['metadata'][figure] for record in kept]
-  if not all(metadata[figure] > value for value in [-math.inf, *earlier]):  # NaN is never better
-    return False
-  save(best, round, state, metadata, keep=1)
-  return True
+  saver = open_saver(directory, figure=figure)
+  better = saver.save_best(round, state, metadata)
+  saver.wait()
+  return better
+
+
+def begin(
+  directory: str | Path, round: int, state: Any, metadata: dict[str, Any], *, keep: int
+) -> Future:
+  """`save`, of which only the copy off the devices is waited for; one at a time for a directory.
+
+  The state's arrays may be donated at once.
+  """
+  directory, leaves = Path(directory).absolute(), _leaves(state)
+  folder, first = directory / str(round), jax.process_index() == 0
+  for path in _unfinished(directory) if first else ():
+    shutil.rmtree(path)
+  try:
+    written = ocp.save_async(folder, state, overwrite=True)
+  except Exception as error:
+    raise _failed(folder, error) from error
+
+  def finish() -> None:
+    try:
+      written.result()
+      seals.close(folder, {'metadata': metadata, 'leaves': leaves}, _meet)
+      if first:
+        done = rounds(directory)
+        for old in {r for r in done if r > round}.union([r for r in done if r <= round][:-keep]):
+          (directory / str(old) / seals.RECORD).unlink()  # first: half a folder is no save
+          shutil.rmtree(directory / str(old))
+      _meet()
+    except Exception as error:
+      raise _failed(folder, error) from error
+
+  return _finishing.submit(finish)
+
+
+def best_figure(directory: str | Path, figure: str) -> float:
+  """`metadata[figure]` of the undamaged save in `directory`; −∞ where there is none."""
+  folders = [Path(directory) / str(round) for round in rounds(directory)]
+  kept = [seals.record(folder) for folder in folders if not seals.damage(folder)]
+  return max((record['metadata'][figure] for record in kept), default=-math.inf)
 
 
 def rounds(directory: str | Path) -> list[int]:
   """The rounds whose save was finished, ascending; [] where the directory does not exist."""
-  names = [path.parent.name for path in Path(directory).glob(f'*/{RECORD}')]
+  names = [path.parent.name for path in Path(directory).glob(f'*/{seals.RECORD}')]
   return sorted(int(name) for name in names if name.isdigit())
 
 
-def restore(directory: str | Path, target: Any, *, partial: bool = False) -> Saved:
-  """The newest undamaged save, in the structure, types and placement of `target`.
+def shapes(tree: Any) -> Any:
+  """Shapes, types and places of a tree's arrays: a target for `restore` that holds no memory."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
-  `target` is a tree of arrays or `jax.ShapeDtypeStruct`; where it names no sharding, the default
-  device is meant, whichever device saved. With `partial` it may leave out parts. A damaged save
-  makes it fall back to the one before, with a warning naming both.
+
+def newest(directory: str | Path) -> Path:
+  """The folder of the newest undamaged save, with a warning for each damaged one behind it.
 
   Raises:
-    ValueError: no finished save, none undamaged, or one that does not fit `target`.
+    ValueError: no finished save, or none undamaged.
   """
-  directory, wanted = Path(directory).absolute(), _leaves(target)
+  directory = Path(directory).absolute()
   folders = [directory / str(r) for r in reversed(rounds(directory))]
   if not folders:
     cut = [path.name for path in _unfinished(directory)]
     found = f'only saves that were cut off: {cut}' if cut else 'no saved round'
     raise ValueError(f'no checkpoint in {directory}: {found if directory.is_dir() else "missing"}')
-  while damage := _damage(folders[0]):
+  while damage := seals.damage(folders[0]):
     if len(folders) == 1:
       raise ValueError(f'checkpoint {folders[0]} is damaged ({damage}), and there is none before')
     warnings.warn(
-      f'checkpoint {folders[0]} is damaged ({damage}): going back to {folders[1]}', stacklevel=2
+      f'checkpoint {folders[0]} is damaged ({damage}): going back to {folders[1]}', stacklevel=3
     )
     folders.pop(0)
-  record, round = _record(folders[0]), int(folders[0].name)
+  return folders[0]
+
+
+def one(directory: str | Path, round: int) -> Path:
+  """The folder of the save of `round`.
+
+  Raises:
+    ValueError: there is none, or it is damaged.
+  """
+  folder = Path(directory).absolute() / str(round)
+  if round not in (found := rounds(directory)):
+    raise ValueError(f'no checkpoint of round {round} in {directory}, which holds {found}')
+  if damage := seals.damage(folder):
+    raise ValueError(f'checkpoint {folder} is damaged ({damage})')
+  return folder
+
+
+def restore(
+  directory: str | Path, target: Any, *, partial: bool = False, round: int | None = None
+) -> Saved:
+  """The newest undamaged save, or that of `round`, in the structure, types and place of `target`.
+
+  `target` is a tree of arrays or `jax.ShapeDtypeStruct`, placed as the run that goes on wants it,
+  on whatever mesh and by however many processes it was saved; where it names no sharding, the
+  default device is meant. With `partial` it may leave out parts. A damaged save makes it fall back
+  to the one before, with a warning naming both.
+
+  Raises:
+    ValueError: no finished save, none undamaged, or one that does not fit `target`.
+  """
+  folder = newest(directory) if round is None else one(directory, round)
+  wanted = _leaves(target)
+  record = seals.record(folder)
   saved = record['leaves']
   for name in wanted if partial else saved | wanted:
     found, expected = saved.get(name, 'absent'), wanted.get(name, 'absent')
     if found != expected:
-      raise ValueError(f'checkpoint {folders[0]} does not fit: {name} is {found}, not {expected}')
+      raise ValueError(f'checkpoint {folder} does not fit: {name} is {found}, not {expected}')
   here = jnp.zeros(()).sharding
   target = jax.tree.map(
     lambda leaf: leaf.update(sharding=here) if getattr(leaf, 'sharding', 0) is None else leaf,
@@ -110,8 +231,8 @@ def restore(directory: str | Path, target: Any, *, partial: bool = False) -> Sav
   )
   context = ocp.Context()
   context.pytree.loading.partial_load = partial
-  with ocp.training.Checkpointer(directory, context=context) as checkpointer:
-    return Saved(round, checkpointer.load(round, target), record['metadata'])
+  with context:
+    return Saved(int(folder.name), ocp.load(folder, target), record['metadata'])
 
 
 def _leaves(tree: Any) -> dict[str, str]:
@@ -128,28 +249,19 @@ def _leaves(tree: Any) -> dict[str, str]:
 def _unfinished(directory: Path) -> list[Path]:
   """Folders of saves that were cut off: `3` without its record, `3.orbax-checkpoint-tmp`."""
   numbered = [p for p in directory.glob('*') if p.is_dir() and p.name.split('.')[0].isdigit()]
-  return sorted(p for p in numbered if not (p.name.isdigit() and (p / RECORD).is_file()))
+  return sorted(p for p in numbered if not (p.name.isdigit() and (p / seals.RECORD).is_file()))
 
 
-def _damage(folder: Path) -> str:
-  """What is wrong with the files of a finished save; '' when nothing is."""
-  try:
-    expected, found = _record(folder)['files'], _digests(folder)
-  except (ValueError, KeyError, TypeError):
-    return f'{RECORD} is not readable'
-  wrong = [name for name in expected if found.get(name) != expected[name]]
-  return f'{wrong[0]} is {"changed" if wrong[0] in found else "missing"}' if wrong else ''
+def _failed(folder: Path, error: Exception) -> OSError:
+  """What a save that could not be written raises: one line, with what a resume will find."""
+  done = [round for round in rounds(folder.parent) if str(round) != folder.name]
+  left = f'{folder.parent / str(done[-1])} is intact' if done else 'there is none before it'
+  reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+  return OSError(f'checkpoint {folder} could not be written ({reason}); {left}')
 
 
-def _digests(folder: Path) -> dict[str, str]:
-  digests = {}
-  for path in sorted(folder.rglob('*')):
-    if path.is_file() and path.name != RECORD:
-      with path.open('rb') as file:
-        digest = hashlib.file_digest(file, 'sha256').hexdigest()
-      digests[str(path.relative_to(folder))] = digest
-  return digests
-
-
-def _record(folder: Path) -> dict[str, Any]:
-  return json.loads((folder / RECORD).read_text())
+def _meet() -> None:
+  """A barrier of all processes in which no device takes part: they compute meanwhile."""
+  if jax.process_count() > 1:
+    key = f'checkpoint {next(_meetings)}'  # saves are finished in one order everywhere
+    multihost.get_barrier_sync_fn()(key=key, timeout_ms=PATIENCE)

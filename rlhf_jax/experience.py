@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import actor, players, scoring
+from rlhf_jax import actor, distributed, players, scoring
 from rlhf_jax.anchors import Frozen
 from rlhf_jax.judges import links
 from rlhf_jax.judges.base import Judge
@@ -187,7 +187,8 @@ def _bought(
   shape = (*own.weights.shape, opponent.weights.shape[1])
   wins, judged = jnp.full(shape, 0.5, own.weights.dtype), np.zeros(shape, bool)
   for stage in itertools.count():
-    plan = np.array(select(stage, own, opponent, wins, jnp.asarray(judged)))
+    asked = select(stage, own, opponent, wins, jnp.asarray(judged))
+    plan = np.array(distributed.fetched(asked))
     if siblings:
       plan = (plan | plan.swapaxes(1, 2)) & ~np.eye(shape[1], dtype=bool)
     plan &= ~judged

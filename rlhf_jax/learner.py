@@ -13,6 +13,9 @@ from rlhf_jax.models.base import LanguageModel
 from rlhf_jax.objectives.base import Objective
 from rlhf_jax.types import Array, Examples, Metrics, Params
 
+BAD_LEAF = 'learner/bad_leaf'  # number of what was first not finite (`culprit` names it), or -1
+NONFINITE = ('stop', 'skip')
+
 
 class Schedule(NamedTuple):
   """How one round's examples are spent. All static."""
@@ -20,17 +23,23 @@ class Schedule(NamedTuple):
   passes: int = 1  # times over the examples
   minibatches: int = 1  # optimiser steps per pass
   microbatches: int = 1  # parts of a minibatch whose gradients are summed, to save memory
+  nonfinite: str = 'stop'  # or 'skip': a step whose loss or gradient is not finite changes nothing
 
 
 def check_schedule(objective: Objective, schedule: Schedule) -> None:
   """Refuse what would be silently wrong.
 
   Raises:
-    ValueError: a count is below 1, or an on-policy objective is given a second step per round.
+    ValueError: a count is below 1, an on-policy objective is given a second step per round, or
+      `nonfinite` is unknown.
   """
-  for name, value in schedule._asdict().items():
-    if value < 1:
-      raise ValueError(f'learner.{name} must be at least 1, got {value}')
+  for name in ('passes', 'minibatches', 'microbatches'):
+    if getattr(schedule, name) < 1:
+      raise ValueError(f'learner.{name} must be at least 1, got {getattr(schedule, name)}')
+  if schedule.nonfinite not in NONFINITE:
+    raise ValueError(
+      f'learner.nonfinite must be one of {list(NONFINITE)}, got {schedule.nonfinite!r}'
+    )
   if objective.on_policy and schedule.passes * schedule.minibatches > 1:
     raise ValueError(
       'this objective is right on policy only: learner.passes and learner.minibatches must be 1, '
@@ -52,13 +61,19 @@ def learner(
   One optimiser step minimises Σ_n w_n loss_n / Σ_n w_n over its minibatch. N is padded to a whole
   number of microbatches by examples of weight 0. A step whose weights are all 0 changes nothing.
   With `host_optimizer` the optimiser's state comes, stays and goes in the host's memory, and is on
-  the device for its own arithmetic alone.
+  the device for its own arithmetic alone. By a layout of the model, parameters, gradients and
+  optimiser state are split by its rules, and each microbatch over the batch's axes.
 
   Returns:
     update(params, opt_state, reference, examples, key, temperature, base=None)
       -> (params, opt_state, metrics averaged over the round's steps). `params['policy']` is joined
-      to `base`, which takes no gradient; `reference` is a whole tree already.
+      to `base`, which takes no gradient; `reference` is a whole tree already. `BAD_LEAF` is of the
+      first step that had one. Where such steps are skipped they are left out of the averages, and
+      `learner/skipped` is their share.
   """
+  skips = schedule.nonfinite == 'skip'
+
+  layout = model.layout
 
   def weighted_loss(params, base, reference, examples: Examples, total: Array, temperature: Array):
     outputs = scoring.outputs(
@@ -83,6 +98,7 @@ def learner(
     return share(losses), jax.tree.map(share, metrics)
 
   def step(carry, examples: Examples):  # examples: [microbatches, n, ...]
+    examples = sharding.constrain_batch(examples, layout, axis=1)
     params, opt_state, base, reference, temperature = carry
     total = jnp.sum(examples.weight)
     safe = jnp.where(total > 0, total, 1)
@@ -97,18 +113,23 @@ def learner(
     if schedule.microbatches > 1:  # a scan of length 0 would still compile the gradient again
       rest = jax.tree.map(lambda x: x[1:], examples)
       (gradients, metrics), _ = jax.lax.scan(part, (gradients, metrics), rest)
+    gradients = sharding.constrain(gradients, layout)
     if host_optimizer:
       opt_state = sharding.to_device(opt_state)
+    norm = optax.tree.norm(gradients)
+    bad = _first_bad(params, gradients, metrics['learner/loss'], norm)
+    taken = (total > 0) & (bad < 0) if skips else total > 0
     updates, moved = optimizer.update(gradients, opt_state, params)
     params, opt_state = jax.tree.map(
-      lambda new, old: jnp.where(total > 0, new, old),
+      lambda new, old: jnp.where(taken, new, old),
       (optax.apply_updates(params, updates), moved),
       (params, opt_state),
     )
+    params, opt_state = sharding.constrain((params, opt_state), layout)
     if host_optimizer:
       opt_state = sharding.to_host(opt_state)
-    metrics['learner/gradient_norm'] = optax.tree.norm(gradients)
-    return (params, opt_state, base, reference, temperature), metrics
+    metrics['learner/gradient_norm'] = norm
+    return (params, opt_state, base, reference, temperature), (metrics, bad)
 
   def update(
     params, opt_state, reference, examples: Examples, key: Array, temperature: Array, base=None
@@ -131,7 +152,29 @@ def learner(
       return jax.lax.scan(step, carry, shuffled)
 
     carry = (params, opt_state, base, reference, temperature)
-    carry, metrics = jax.lax.scan(one_pass, carry, jax.random.split(key, schedule.passes))
-    return carry[0], carry[1], jax.tree.map(jnp.mean, metrics)
+    carry, (metrics, bad) = jax.lax.scan(one_pass, carry, jax.random.split(key, schedule.passes))
+    if skips:
+      metrics = jax.tree.map(lambda x: jnp.mean(x, where=bad < 0), metrics)
+      metrics['learner/skipped'] = jnp.mean(bad >= 0)
+    else:
+      metrics = jax.tree.map(jnp.mean, metrics)
+    metrics[BAD_LEAF] = bad.ravel()[jnp.argmax(bad.ravel() >= 0)]
+    return carry[0], carry[1], metrics
 
   return jax.jit(update, donate_argnums=(0, 1))
+
+
+def _first_bad(*trees: Params) -> Array:
+  """Which leaf of the trees is the first that holds a number that is not finite; -1: none."""
+  good = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(trees)])
+  return jnp.where(jnp.all(good), -1, jnp.argmin(good))
+
+
+def culprit(params: Params, number: float) -> str:
+  """What `BAD_LEAF` means: 'parameter policy/...', 'gradient of policy/...', or of all of it."""
+  paths = [
+    jax.tree_util.keystr(path, simple=True, separator='/')
+    for path, _ in jax.tree_util.tree_leaves_with_path(params)
+  ]
+  names = [f'parameter {path}' for path in paths] + [f'gradient of {path}' for path in paths]
+  return '' if number < 0 else [*names, 'the loss alone', "the gradient's norm alone"][int(number)]

@@ -11,6 +11,7 @@ policy it keeps, what it makes of a round (`targets`) and what it minimises (`lo
 import functools
 import math
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -155,9 +156,9 @@ def start(
 
   `value` is what the value function starts as, where the objective needs one; a head of zeros when
   None. Beside a `setup.base`, `policy` and `reference` are adapters (`lora.adapt` gives all three).
-  The policy is copied, since the learner donates it. Place it on the sampler's mesh
-  (`sharding.replicate`): a state that is placed nowhere comes back placed from the first round, and
-  every function compiles once more in the second.
+  The policy is copied, since the learner donates it. A model without a layout wants it placed on
+  the sampler's mesh (`sharding.replicate`): a state that is placed nowhere comes back placed from
+  the first round, and every function compiles once more in the second.
   """
   params = {'policy': jax.tree.map(jnp.copy, policy)}
   home = jax.tree.leaves(params)[0]
@@ -175,7 +176,10 @@ def start(
   )
   if setup.replay is not None:
     state = state._replace(replay=replays.empty(setup.replay, _shapes(setup, state)))
-  state = jax.device_put(state, home.sharding) if home.committed else state
+  if setup.model.layout is not None:
+    state = sharding.place(state, setup.model.layout)
+  elif home.committed:
+    state = jax.device_put(state, home.sharding)
   if setup.offload.reference:
     stored = {**state.anchors, 'reference': sharding.to_host(state.anchors['reference'])}
     state = state._replace(anchors=stored)
@@ -193,10 +197,23 @@ def fetched(setup: Setup, state: RunState) -> dict[str, Params]:
 
 def functions(setup: Setup) -> Functions:
   """Compile nothing yet; each function compiles once for each length bucket that it meets."""
+  # What is kept from round to round comes back as it lay, or all would compile once more.
+  stays = functools.partial(sharding.constrain, layout=setup.model.layout)
+
+  def targets(held: State, seen: Experience) -> tuple[State, Any, dict[str, Array]]:
+    now, examples, metrics = setup.objective.targets(held, seen)
+    return stays(now), examples, metrics
+
+  def move(*state: Any) -> dict[str, Params]:
+    return stays(anchors.move(anchors.moving(setup.objective.anchors), *state))
+
+  def remember(*now: Any) -> tuple[Experience, ...]:
+    return stays(replays.pushed(setup.replay, *now))  # type: ignore[arg-type]
+
   return Functions(
     score=experience.scorer(setup.model, setup.objective, setup.value_model),
     score_opponent=experience.opponent_scorer(setup.model, setup.objective),
-    targets=jax.jit(setup.objective.targets),
+    targets=jax.jit(targets),
     update=learner.learner(
       setup.model,
       setup.objective,
@@ -205,12 +222,12 @@ def functions(setup: Setup) -> Functions:
       setup.value_model,
       host_optimizer=setup.offload.optimizer,
     ),
-    move=jax.jit(lambda *state: anchors.move(anchors.moving(setup.objective.anchors), *state)),
+    move=jax.jit(move),
     statistics=jax.jit(experience.statistics),
     correct=jax.jit(functools.partial(experience.corrected, setup.objective)),
     recall=jax.jit(lambda *now: replays.recalled(setup.replay, *now)),  # type: ignore[arg-type]
     join=jax.jit(replays.joined),
-    remember=jax.jit(lambda *now: replays.pushed(setup.replay, *now)),  # type: ignore[arg-type]
+    remember=jax.jit(remember),
   )
 
 
@@ -332,18 +349,22 @@ def run(
   *,
   rounds: int,
   prompts: Callable[[int], Prompts],
-  after: Callable[[int, RunState, dict[str, float], Experience], None],
+  after: Callable[[int, RunState, dict[str, float], Experience], bool | None],
   drained: Callable[[int], bool] = lambda _: False,
 ) -> RunState:
-  """Rounds `state.round` to `rounds` − 1; `after` writes, evaluates and saves.
+  """Rounds `state.round` to `rounds` − 1; `after` writes, evaluates, saves and may say to stop.
 
   With `setup.ahead` the rows of round n + 1 are asked for before round n is learned from, so that
   devices of the sampler's own are never idle. They are one round old then, and weighed for it
   (`experience.corrected`). After a round for which `drained` holds, nothing is in flight: a run
   that is resumed there goes on as one that never stopped.
 
+  Where the schedule skips steps that are not finite, a round with one also leaves the objective's
+  state and the replay as they were.
+
   Raises:
-    FloatingPointError: a metric of the round is not finite; nothing of that round is saved.
+    FloatingPointError: a metric of the round is not finite, and not because of a skipped step;
+      nothing of that round is saved.
   """
   check(setup)
   compiled = functions(setup)
@@ -360,13 +381,33 @@ def run(
     batch, drawn = ahead
     overlaps = setup.ahead and round_ + 1 < rounds and not drained(round_)
     ahead = ask(cast, round_ + 1) if overlaps else None
+    objective, replay = state.objective, state.replay
     state, metrics, seen = learn(setup, compiled, state, cast, batch, drawn, clock, stale=stale)
     figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    for name, value in figures.items():
-      if not math.isfinite(value):
-        raise FloatingPointError(f'round {round_}: {name} is {value}; stopped, nothing saved of it')
-    after(round_, state, figures, seen)
+    if trouble := _trouble(setup, round_, figures, state.params):
+      warnings.warn(f'{trouble}; skipped', stacklevel=2)
+      state = state._replace(objective=objective, replay=replay)
+    if after(round_, state, figures, seen):
+      break
   return state
+
+
+def _trouble(setup: Setup, round_: int, figures: dict[str, float], params: Params) -> str:
+  """What of a round was not finite and has been skipped; '' where all was finite.
+
+  Raises:
+    FloatingPointError: it cannot be skipped.
+  """
+  leaf = learner.culprit(params, figures.pop(learner.BAD_LEAF))
+  odd = [f'{name} is {value}' for name, value in figures.items() if not math.isfinite(value)]
+  if not odd and not leaf:
+    return ''
+  where = f' (first bad leaf: {leaf})' if leaf else ''
+  trouble = f'round {round_}: {odd[0] if odd else "a number is not finite"}{where}'
+  skipped = setup.schedule.nonfinite == 'skip' and leaf and not leaf.startswith('parameter')
+  if not skipped:
+    raise FloatingPointError(f'{trouble}; stopped, nothing saved of it')
+  return trouble
 
 
 def _round_key(state: RunState, round_: Array | int) -> Array:

@@ -26,6 +26,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from rlhf_jax import survival
+
 METRICS, SAMPLES = 'metrics.jsonl', 'samples.jsonl'
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'rlhf_jax')
 HEADLINE = (  # metric, label, format: what the progress line shows
@@ -33,6 +35,8 @@ HEADLINE = (  # metric, label, format: what the progress line shows
   ('evaluate/win_rate', 'win rate', '{:.3f}'),
   ('judge/opponent_win_rate', 'vs opponent', '{:.3f}'),
   ('policy/kl', 'KL', '{:.3g}'),
+  ('train/loss', 'loss', '{:.4f}'),
+  ('heldout/loss', 'held out', '{:.4f}'),
   ('time/tokens_per_second', '', '{:,.0f} tokens/s'),
 )
 _SECRET = re.compile(
@@ -42,10 +46,11 @@ _SECRET = re.compile(
 
 
 class MetricsWriter(NamedTuple):
-  """Where figures go. All three do nothing on processes of a pod other than the first."""
+  """Where figures go. All four do nothing on processes of a pod other than the first."""
 
   write: Callable[[int, Mapping[str, Any]], tuple[str, ...]]  # -> names that were not finite
   write_samples: Callable[[int, Iterable[Mapping[str, Any]]], None]
+  sync: Callable[[], None]  # what is written survives the machine too: before a checkpoint
   close: Callable[[], None]
 
 
@@ -88,7 +93,7 @@ def open_metrics(
     ValueError: an extra is not installed, or a row of an earlier run cannot be read.
   """
   if jax.process_index() != 0:
-    return MetricsWriter(lambda *_: (), lambda *_: None, lambda: None)
+    return MetricsWriter(lambda *_: (), lambda *_: None, lambda: None, lambda: None)
   if wandb not in (False, True, 'online', 'offline'):
     raise ValueError(f"wandb must be true, false, 'online' or 'offline', got {wandb!r}")
   folder = Path(workdir)
@@ -134,13 +139,17 @@ def open_metrics(
       samples.write(json.dumps({'round': round_, **plain}, ensure_ascii=False) + '\n')
     samples.flush()
 
+  def sync() -> None:
+    for file in (rows, samples):
+      os.fsync(file.fileno())
+
   def close() -> None:
     rows.close()
     samples.close()
     for sink in sinks:
       sink.close()
 
-  return MetricsWriter(write, write_samples, close)
+  return MetricsWriter(write, write_samples, sync, close)
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -170,13 +179,15 @@ def open_progress(
 
   A terminal shows one live line. Elsewhere a plain line is printed for the first and the last round
   and at most one per `every` seconds between; no control codes. Close it also when a run fails:
-  a live line hides the cursor.
+  a live line hides the cursor. Of several processes the first alone shows it.
 
   Args:
     total: rounds of the whole run.
     done: rounds completed before this process started.
     every: seconds.
   """
+  if jax.process_index() != 0:
+    return Progress(lambda *_: None, lambda: None)
   console = console or Console(stderr=True)
   live = None
   # Rich alone would believe FORCE_COLOR and write control codes into a log file.
@@ -332,17 +343,7 @@ def _keep_rows(path: Path, resume_round: int | None) -> None:
     return
   rows = [] if resume_round is None else _parse(path, torn_end=True)
   kept = [line for line, row in rows if resume_round is not None and row['round'] <= resume_round]
-  _replace(path, ''.join(line + '\n' for line in kept))
-
-
-def _replace(path: Path, text: str) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + '.partial')
-  with open(partial, 'w', encoding='utf-8', newline='\n') as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
+  survival.replace(path, ''.join(line + '\n' for line in kept))
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -350,7 +351,7 @@ def _write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2, allow_nan=False)
   except (TypeError, ValueError) as error:
     raise ValueError(f'{path.name} cannot hold this: {error}') from error
-  _replace(path, text + '\n')
+  survival.replace(path, text + '\n')
 
 
 def _number(name: str, value: Any) -> int | float:

@@ -176,13 +176,16 @@ def source(
   max_tokens: int,
   buckets: Sequence[int] = BUCKETS,
   record: Callable[[Sequence[int]], Recording] | None = None,
+  share: Sequence[int] | None = None,
 ) -> Callable[[int], Prompts]:
   """An endless shuffled stream: batch number (from 0) -> Prompts of exactly `batch` rows.
 
   Every epoch is a new permutation of the rows, drawn from `seed`; a batch may straddle epochs, so a
   file shorter than a batch serves too. `ordinals` are the draws' numbers in the whole run. P is the
   smallest bucket that holds the batch's longest prompt, so that shapes, and compilations, are few.
-  `record` gives the responses that came along with rows, by their numbers.
+  `record` gives the responses that came along with rows, by their numbers. With a `share`, the
+  positions of a process's own rows in each batch, arrays are made of those alone; the shapes, P
+  among them, are the whole batch's, and so are the texts.
 
   Raises:
     ValueError: no rows, or a prompt that does not fit beside `max_tokens` in `context`.
@@ -197,8 +200,12 @@ def source(
     draws = range(number * batch, (number + 1) * batch)
     chosen = [int(order[draw]) for draw in draws]
     longest = max(len(encoded[i]) for i in chosen)
-    served = _padded(rows, encoded, chosen, draws, _bucket(longest, buckets, limit))
-    return served if record is None else served._replace(recorded=record(chosen))
+    own = range(batch) if share is None else share
+    mine = [chosen[at] for at in own]
+    numbers = [draws[at] for at in own]
+    served = _padded(rows, encoded, mine, numbers, _bucket(longest, buckets, limit))
+    served = served._replace(texts=tuple(as_text(rows[i]) for i in chosen))
+    return served if record is None else served._replace(recorded=record(mine))
 
   return prompts
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhf_jax import sharding
 from rlhf_jax.models import heads
 from rlhf_jax.models.base import LanguageModel
 from rlhf_jax.ops import logprobs, masks
@@ -43,7 +44,9 @@ def outputs(
       params['value']['trunk']; None: a head on the policy's states.
   """
   batch, count, length = responses.shape
-  prompt_length = prompts.shape[1]
+  prompt_length, layout = prompts.shape[1], model.layout
+  params = {**params, 'policy': sharding.gather_ends(params['policy'], layout)}
+  reference = sharding.gather_ends(reference, layout)
 
   def states(params: Params, trunk: LanguageModel = model) -> Array:
     """The state before each response token, [B·K, T, D]."""
@@ -63,6 +66,8 @@ def outputs(
     tokens=flat(responses),
     temperature=temperature,
     vocab_size=model.vocab_size,
+    slice_elements=logprobs.SLICE_ELEMENTS * sharding.shards(layout),
+    keep=functools.partial(sharding.constrain_batch, on=layout),
   )
   hidden, other = states(params['policy']), None
   if REFERRING & set(needs) and reference is not None:

@@ -84,6 +84,7 @@ class Experience(NamedTuple):
   rewards: dict[str, Array]  # judge's name -> f[B, K], raw; {} where the judge compares
   wins: Array | None  # f[B, K, M]; P(response i beats the opponent's response j)
   judged: Array | None  # bool[B, K, M]; which comparisons were bought
+  constraints: dict[str, Array] | None = None  # the same of rewards that must be reached
 
 
 class Examples(NamedTuple):

@@ -1,6 +1,11 @@
 """Checkpoints: bit-exact round trips, cut-off and damaged saves, the best one kept apart."""
 
 import json
+import os
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,7 +108,7 @@ def test_damaged_newest_falls_back_naming_both(tmp_path, fault):
   elif fault == 'gone':
     victim.unlink()
   else:
-    (tmp_path / '2' / checkpoints.RECORD).write_text('{"metadata": ')
+    (tmp_path / '2' / 'record.json').write_text('{"metadata": ')
   with pytest.warns(UserWarning, match='is damaged') as warned:
     found = checkpoints.restore(tmp_path, state())
   assert (found.round, found.metadata) == (1, {'at': 1})
@@ -199,3 +204,131 @@ def test_the_record_is_plain_json(tmp_path):
   record = json.loads((tmp_path / '0' / 'record.json').read_text())
   assert record['metadata'] == {'seed': 1}
   assert record['leaves'] == {'w': 'float32[2, 3]'}
+
+
+# --- while the run goes on -----------------------------------------------------------------------
+
+
+def test_what_is_saved_is_what_was_there_although_it_is_donated_at_once(tmp_path):
+  step = jax.jit(lambda tree: jax.tree.map(lambda x: x * -1.5 + 1, tree), donate_argnums=0)
+  now = {'w': jax.random.normal(jax.random.key(0), (500, 1000))}
+  before = bits(now)
+  saver = checkpoints.open_saver(tmp_path, figure='rate')
+  saver.save(1, now, {})
+  assert saver.save_best(1, now, {'rate': 0.5})
+  for _ in range(5):
+    now = step(now)
+  last = bits(now)
+  saver.save(2, now, {})
+  assert not saver.save_best(2, now, {'rate': 0.5})
+  saver.wait()
+  assert checkpoints.rounds(tmp_path) == [1, 2]
+  assert bits(checkpoints.restore(tmp_path / checkpoints.BEST, now).state) == before
+  assert bits(checkpoints.restore(tmp_path, now).state) == last
+  # A saver of another process knows the best one of this.
+  assert not checkpoints.open_saver(tmp_path, figure='rate').save_best(3, now, {'rate': 0.5})
+
+
+def test_a_save_returns_before_it_is_written_and_is_waited_for_by_the_next(tmp_path, monkeypatch):
+  order, close = [], checkpoints.seals.close
+  release = threading.Event()
+
+  def slowly(folder, *rest):
+    release.wait(30)
+    close(folder, *rest)
+    order.append(f'{folder.name} written')
+
+  monkeypatch.setattr(checkpoints.seals, 'close', slowly)
+  saver = checkpoints.open_saver(tmp_path, figure='rate')
+  saver.save(1, {'w': jnp.ones(3)}, {})
+  saver.check()
+  order.append('1 in flight')
+  assert checkpoints.rounds(tmp_path) == []
+  release.set()
+  saver.save(2, {'w': jnp.ones(3)}, {})
+  order.append('2 begun')
+  saver.wait()
+  assert order[:2] == ['1 in flight', '1 written']
+  assert sorted(order[2:]) == ['2 begun', '2 written']
+
+
+def test_a_save_that_fails_is_told_and_the_one_before_it_stays(tmp_path, monkeypatch):
+  saver = checkpoints.open_saver(tmp_path, keep=1, figure='rate')
+  saver.save(1, state(1), {})
+  saver.wait()
+
+  def full(*_):
+    raise OSError(28, 'No space left on device')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints.seals, 'close', full)
+    saver.save(2, state(2), {})
+    with pytest.raises(OSError, match=r'/2 could not be written .*No space left.*/1 is intact'):
+      saver.wait()
+    saver.save(3, state(3), {})
+    failed, until = None, time.monotonic() + 30
+    while failed is None and time.monotonic() < until:
+      try:
+        saver.check()  # as once a round: nothing is waited for
+      except OSError as error:
+        failed = error
+    assert '/3 could not be written' in str(failed)
+  assert checkpoints.restore(tmp_path, state()).round == 1
+  checkpoints.save(tmp_path, 4, state(4), {})
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['1', '4']
+
+
+# --- on other devices ----------------------------------------------------------------------------
+
+# Eight devices save; told that it is there, they restore what one device has saved, on another
+# mesh and with parameters split the other way.
+EIGHT = """
+import sys
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from rlhf_jax import checkpoints
+
+folder = sys.argv[1]
+whole = np.arange(16 * 24, dtype=np.float32).reshape(16, 24) / 7
+
+
+def placed(shape, names, *axes):
+  mesh = jax.make_mesh(shape, names, (AxisType.Auto,) * len(shape))
+  split = {'w': PartitionSpec(*axes), 'n': PartitionSpec()}
+  split = {name: NamedSharding(mesh, spec) for name, spec in split.items()}
+  return jax.device_put({'w': whole, 'n': np.int32(5)}, split)
+
+
+assert len(jax.devices()) == 8
+checkpoints.save(folder, 1, placed((4, 2), ('fsdp', 'tensor'), 'fsdp', 'tensor'), {})
+print('saved', flush=True)
+sys.stdin.readline()
+target = checkpoints.shapes(placed((8,), ('fsdp',), None, 'fsdp'))
+found = checkpoints.restore(folder, target)
+assert found.round == 2 and found.state['w'].sharding == target['w'].sharding
+assert found.state['w'].addressable_shards[0].data.shape == (16, 3)
+assert np.asarray(found.state['w']).tobytes() == (whole * 2).tobytes() and found.state['n'] == 5
+print('restored', flush=True)
+"""
+
+
+def test_from_eight_devices_to_one_and_back(tmp_path):
+  root = str(Path(__file__).resolve().parents[1])
+  flags = {'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'JAX_PLATFORMS': 'cpu'}
+  with subprocess.Popen(
+    [sys.executable, '-c', EIGHT, str(tmp_path)],
+    env=os.environ | flags | {'PYTHONPATH': root},
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as child:
+    assert child.stdout is not None
+    assert child.stdout.readline() == 'saved\n'
+    target = {'w': jax.ShapeDtypeStruct((16, 24), jnp.float32), 'n': jnp.int32(0)}
+    found = checkpoints.restore(tmp_path, target).state
+    whole = np.arange(16 * 24, dtype=np.float32).reshape(16, 24) / 7
+    assert np.asarray(found['w']).tobytes() == whole.tobytes() and found['n'] == 5
+    assert len(found['w'].devices()) == 1
+    checkpoints.save(tmp_path, 2, {**found, 'w': found['w'] * 2}, {})
+    out, _ = child.communicate('\n', timeout=120)
+  assert out == 'restored\n' and child.returncode == 0

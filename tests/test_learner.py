@@ -202,8 +202,9 @@ def test_the_reference_takes_no_gradient_and_no_optimiser_state():
 
 
 @pytest.mark.parametrize('field', Schedule._fields)
-def test_counts_below_one_are_refused(field):
-  with pytest.raises(ValueError, match=rf'learner\.{field} must be at least 1, got 0'):
+def test_what_makes_no_schedule_is_refused(field):
+  allowed = r"one of \['stop', 'skip'\]" if field == 'nonfinite' else 'at least 1'
+  with pytest.raises(ValueError, match=rf'learner\.{field} must be {allowed}, got 0'):
     learner.check_schedule(toy(), Schedule()._replace(**{field: 0}))
 
 
@@ -216,3 +217,23 @@ def test_a_second_step_off_policy_is_refused(schedule):
       learner.check_schedule(objective, schedule)
     learner.check_schedule(objective, Schedule(microbatches=4))
   learner.check_schedule(toy(), schedule)
+
+
+# --- what is not finite --------------------------------------------------------------------------
+
+
+def test_a_step_that_is_not_finite_is_named_or_skipped():
+  # Two steps of one example each, of which one has an infinite loss and gradient.
+  batch = examples([0, 0], [0, 1], [1, 1], [1, np.inf])
+  once, _, _ = updated(examples([0], [0], [1], [1]), Schedule())
+  both = {'optimizer': optax.sgd(1.0, momentum=0.5)}
+  found, _, metrics = updated(batch, Schedule(minibatches=2), key=0, **both)
+  assert not np.isfinite(found).any()
+  assert learner.culprit({'policy': {'table': found}}, metrics[learner.BAD_LEAF]) == (
+    'gradient of policy/table'
+  )
+  found, _, metrics = updated(batch, Schedule(minibatches=2, nonfinite='skip'), key=0, **both)
+  np.testing.assert_allclose(found, once)
+  assert metrics['learner/skipped'] == 0.5
+  np.testing.assert_allclose(metrics['learner/loss'], np.log(2), rtol=1e-6)  # of the other step
+  assert learner.culprit({'policy': {'table': found}}, metrics[learner.BAD_LEAF])

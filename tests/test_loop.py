@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import actor, checkpoints, loop, sharding
+from rlhf_jax import actor, checkpoints, learner, loop, sharding
 from rlhf_jax.anchors import Every
 from rlhf_jax.experience import Judging
 from rlhf_jax.judges.base import Judge
@@ -304,6 +305,61 @@ def test_a_figure_that_is_not_finite_stops_the_run_before_anything_is_saved(wron
       setup, begin('nash_md'), rounds=5, prompts=prompts, after=lambda *told: saved.append(told[0])
     )
   assert saved == [0, 1]
+
+
+@pytest.mark.parametrize(
+  ('nonfinite', 'culprit', 'said'),
+  [
+    ('stop', 'gradient of policy/table', 'stopped'),
+    ('stop', "the gradient's norm alone", 'stopped'),
+    ('skip', 'parameter policy/table', 'stopped'),
+    ('skip', '', 'stopped'),  # no step of the learner was at fault
+    ('skip', 'gradient of policy/table', 'skipped'),
+    ('skip', 'the loss alone', 'skipped'),
+  ],
+)
+def test_a_step_that_is_not_finite_stops_or_is_skipped(nonfinite, culprit, said, monkeypatch):
+  setup, compiled, _ = built('ppo')
+  setup = setup._replace(schedule=setup.schedule._replace(nonfinite=nonfinite))
+  saved = []
+
+  def update(*arguments):
+    params, state, found = compiled.update(*arguments)
+    numbers = range(-1, 2 * len(jax.tree.leaves(params)) + 2)
+    (number,) = (n for n in numbers if learner.culprit(params, n) == culprit)
+    bad = {'learner/loss': np.nan, learner.BAD_LEAF: number}
+    return params, state, found | bad if len(saved) == 2 else found
+
+  def targets(carried, seen):  # the adaptive weight has gone bad with the round
+    moved, *rest = compiled.targets(carried, seen)
+    return jax.tree.map(lambda x: x * np.nan, moved) if len(saved) == 2 else moved, *rest
+
+  monkeypatch.setattr(
+    loop, 'functions', lambda _: compiled._replace(update=update, targets=targets)
+  )
+
+  def play():
+    loop.run(setup, begin('ppo'), rounds=4, prompts=prompts, after=lambda *told: saved.append(told))
+
+  where = f' (first bad leaf: {culprit})' if culprit else ''
+  message = re.escape(f'round 2: learner/loss is nan{where}; {said}')
+  if said == 'stopped':
+    with pytest.raises(FloatingPointError, match=message):
+      play()
+    assert len(saved) == 2
+  else:
+    with pytest.warns(UserWarning, match=message):
+      play()
+    before, after = (saved[n][1].objective for n in (1, 2))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert len(saved) == 4 and np.isnan(saved[2][2]['learner/loss'])
+  assert all(learner.BAD_LEAF not in figures for _, _, figures, _ in saved)
+
+
+def test_a_run_ends_where_it_is_told_to():
+  setup, state = built('nash_md')[0], begin('nash_md')
+  last = loop.run(setup, state, rounds=5, prompts=prompts, after=lambda n, *_: n == 1)
+  assert last.round == 2
 
 
 def refused(name='nash_md', **changes):

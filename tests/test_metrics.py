@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -350,3 +351,15 @@ def test_the_commit_is_that_of_this_package_only(tmp_path, monkeypatch):
   # A folder within a checkout is not that checkout: an installed package may lie in another's.
   assert metrics._commit(root / 'inside') is None
   assert metrics._commit(root / 'absent') is None
+
+
+def test_rows_reach_the_disk_when_asked_to(tmp_path, monkeypatch):
+  synced = []
+  monkeypatch.setattr(os, 'fsync', lambda file: synced.append(os.fstat(file).st_ino))
+  writer = open_metrics(tmp_path)
+  writer.write(0, {'a': 1.0})
+  synced.clear()
+  writer.sync()
+  writer.close()
+  files = [tmp_path / name for name in (metrics.METRICS, metrics.SAMPLES)]
+  assert synced == [os.stat(file).st_ino for file in files]

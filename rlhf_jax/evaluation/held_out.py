@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import actor, players, scoring
+from rlhf_jax import actor, distributed, players, scoring
 from rlhf_jax.evaluation import exploitability
 from rlhf_jax.evaluation.intervals import Interval, bootstrap, mean_with_error
 from rlhf_jax.evaluation.win_rate import win_rate
@@ -98,10 +98,13 @@ def evaluator(
         arguments = prompts.tokens, prompts.attended, prompts.ordinals, role_key, settings
         drawn.append(sample(params, player, *arguments, responses=responses))
       kl = exact_kl(policy, reference, prompts.tokens, prompts.attended, drawn[0])
-      parts.append((prompts, *drawn, kl, *_judged(judging.judge, prompts, *drawn)))
+      lengths = drawn[0].trained.sum(-1).mean(-1)
+      figures = kl, *_judged(judging.judge, prompts, *drawn), lengths
+      bare, *arrays = distributed.fetched((prompts._replace(texts=None), *drawn, *figures))
+      parts.append((bare._replace(texts=prompts.texts), *arrays))
 
     def joined(column: int) -> np.ndarray:
-      return np.concatenate([np.asarray(part[column]) for part in parts])
+      return np.concatenate([part[column] for part in parts])
 
     scored = judging.judge.rewards is not None
     return HeldOut(
@@ -109,7 +112,7 @@ def evaluator(
       rewards=joined(5) if scored else None,
       reference_rewards=joined(6) if scored else None,
       kl=joined(3),
-      lengths=np.concatenate([np.asarray(p[1].trained.sum(-1).mean(-1)) for p in parts]),
+      lengths=joined(7),
       responses=[part[:3] for part in parts],
     )
 
@@ -160,12 +163,12 @@ def gaps(
 
   theirs = drawn(players.REFERENCE, 'gap/reference', reference_samples)
   ours = drawn(players.POLICY, 'gap/policy', policy_samples)
-  wins = np.asarray(judge.wins(prompts, theirs, ours))
+  wins = distributed.fetched(judge.wins(prompts, theirs, ours))
   weights = np.full((wins.shape[0], policy_samples), 1 / policy_samples)
   found = exploitability.gap(wins, weights, kl, tau)
   if rival is None:
     return {'gap': bootstrap(found)}
   assert rival.rewards is not None
-  among = np.asarray(judge.wins(prompts, theirs, None))
-  rewards = np.asarray(rival.rewards(prompts, theirs))
+  among = distributed.fetched(judge.wins(prompts, theirs, None))
+  rewards = distributed.fetched(rival.rewards(prompts, theirs))
   return exploitability.gap_intervals(found, exploitability.reweighted_gap(among, rewards, tau))

@@ -70,18 +70,21 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], folder: str | Path) -> tuple[
   """
   folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
+  figures = panels(rows)
+  return tuple(_draw(rows, each, folder / f'{name}.png') for name, each in figures.items())
+
+
+def panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Panel]]:
+  """The panels of which the rows hold a metric: those of `FIGURES`, then one for every other."""
   names = {name for row in rows for name, value in row.items() if value is not None} - {'round'}
-  # A panel needs one of its metrics; what no panel names follows in one figure, a panel each.
   figures = {
-    name: [panel for panel in panels if names & {metric for metric, _ in panel.curves}]
-    for name, panels in FIGURES.items()
+    name: [panel for panel in group if names & {metric for metric, _ in panel.curves}]
+    for name, group in FIGURES.items()
   }
-  drawn = {metric for panels in FIGURES.values() for panel in panels for metric, _ in panel.curves}
+  drawn = {metric for group in FIGURES.values() for panel in group for metric, _ in panel.curves}
   bands = {f'{name}_{end}' for name in names for end in ('low', 'high')}
   figures['others'] = [Panel(name, '', ((name, ''),)) for name in sorted(names - drawn - bands)]
-  return tuple(
-    _draw(rows, panels, folder / f'{name}.png') for name, panels in figures.items() if panels
-  )
+  return {name: group for name, group in figures.items() if group}
 
 
 def _draw(rows: Sequence[Mapping[str, Any]], panels: Sequence[Panel], path: Path) -> Path:

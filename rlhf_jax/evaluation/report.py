@@ -1,13 +1,18 @@
-"""The end of a run in one page: `report.md` with the summary table, curves and sample pairs."""
+"""The end of a run in one page, `report.md` and `report.html`: summary, curves and sample pairs."""
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax import survival
+from rlhf_jax.evaluation import page, run_page
 from rlhf_jax.evaluation.intervals import Interval, Mean
+from rlhf_jax.evaluation.page import Cell, decimal, shown
 from rlhf_jax.evaluation.plots import plot_curves
 from rlhf_jax.metrics import METRICS, SAMPLES, read_rows, redacted, redacted_command
+
+UNCERTAINTY = 'Square brackets are 95% intervals over prompts, ± is one standard error.'
 
 # name in the summary -> what the table calls it; other names are shown as they are.
 LABELS = {
@@ -47,7 +52,9 @@ def write_report(
   notes: Sequence[str] = (),
   pairs: int = 6,
 ) -> Path:
-  """Writes `report.md` and `plots/*.png` from the run's own files and returns the report's path.
+  """Writes `plots/*.png`, `report.html` and last `report.md`, whose path it returns.
+
+  From the run's own files.
 
   Nothing is computed here but the pictures: numbers are those of `summary`, `metrics.jsonl` and
   `samples.jsonl`, and a section whose file is absent is left out.
@@ -66,10 +73,10 @@ def write_report(
   if command:
     lines += [*_fenced(redacted_command(command), 'sh'), '']
   lines += ['| held out | |', '| --- | --- |']
-  lines += [f'| {_cell(label)} | {_cell(value)} |' for label, value in _rows(summary)]
+  lines += [f'| {_cell(label)} | {_cell(str(value))} |' for label, value in _rows(summary)]
   lines += [
     '',
-    'Square brackets are 95% intervals over prompts, ± is one standard error.',
+    UNCERTAINTY,
     *(f'\n{redacted(note)}' for note in notes),
   ]
   metrics, samples = (
@@ -86,39 +93,28 @@ def write_report(
     lines += ['', f'## Samples of round {last}']
     for index, sample in enumerate([s for s in samples if s['round'] == last][:pairs], start=1):
       lines += _pair(index, sample)
+  title = f'{objective}, seed {seed}'
+  table = page.Table(('figure', 'on held-out prompts'), _rows(summary))
+  held = page.Section('Held out', [UNCERTAINTY, *map(redacted, notes)], [table])
+  sections = [held, *run_page.sections(folder, metrics, samples, pairs=pairs)]
+  html = page.render(title, str(folder), sections, command=redacted_command(command))
+  survival.replace(folder / 'report.html', html)
   path = folder / 'report.md'
   path.write_text('\n'.join(lines) + '\n', encoding='utf-8', errors='backslashreplace')
   return path
 
 
-def _rows(summary: Summary) -> list[tuple[str, str]]:
+def _rows(summary: Summary) -> list[tuple[str, Cell]]:
   names = [name for name in LABELS if name in summary]
   names += [name for name in summary if name not in LABELS]
   return [
-    (LABELS.get(name, name), _shown(summary[name])) for name in names if summary[name] is not None
+    (LABELS.get(name, name), shown(summary[name])) for name in names if summary[name] is not None
   ]
-
-
-def _shown(value: Any) -> str:
-  match value:
-    case Interval(estimate, low, high):
-      return f'{_decimal(estimate)} [{_decimal(low)}, {_decimal(high)}]'
-    case Mean(mean, error):
-      return f'{_decimal(mean)} ± {_decimal(error)}' if error == error else _decimal(mean)
-    case int() | str():
-      return str(value)
-    case _:  # numpy's and JAX's scalars too
-      return _decimal(float(value))
-
-
-def _decimal(value: float) -> str:
-  """Three decimals, and three significant digits where those would say nothing."""
-  return f'{value:.3f}' if value == 0 or abs(value) >= 0.01 else f'{value:.3g}'
 
 
 def _pair(index: int, sample: Mapping[str, Any]) -> list[str]:
   win = sample.get('win')
-  verdict = '' if win is None else f', P(policy wins) {_decimal(float(win))}'
+  verdict = '' if win is None else f', P(policy wins) {decimal(float(win))}'
   lines = ['', f'### {index}{verdict}', '', 'Prompt', '', *_fenced(sample['prompt'])]
   for name, text, reward in (
     ('Policy', 'response', 'reward'),
@@ -126,7 +122,7 @@ def _pair(index: int, sample: Mapping[str, Any]) -> list[str]:
   ):
     if sample.get(text) is not None:
       scored = sample.get(reward)
-      title = name if scored is None else f'{name}, reward {_decimal(float(scored))}'
+      title = name if scored is None else f'{name}, reward {decimal(float(scored))}'
       lines += ['', title, '', *_fenced(sample[text])]
   return lines
 

@@ -19,13 +19,19 @@ class WinRate(NamedTuple):
 
 
 def win_rate(
-  wins: ArrayLike, judged: ArrayLike | None = None, *, seed: int = 0, level: float = LEVEL
+  wins: ArrayLike,
+  judged: ArrayLike | None = None,
+  weights: ArrayLike | None = None,
+  *,
+  seed: int = 0,
+  level: float = LEVEL,
 ) -> WinRate:
   """E[P(policy's response beats the other's)], prompts weighing the same however many were judged.
 
   Args:
     wins: [B], [B, K] or [B, K, M], in [0, 1]: P(the policy wins), a tie is 1/2.
     judged: bool, as `wins`; which comparisons were bought. A prompt with none is left out.
+    weights: as `wins`; how much a comparison counts among those of its prompt. None: all alike.
     seed: of the bootstrap over prompts.
     level: of the interval, a percentile bootstrap over prompts; Wilson's over prompts where all
       prompts agree, since no redraw of them can then show any doubt.
@@ -35,21 +41,25 @@ def win_rate(
   """
   values = np.asarray(wins, np.float64)
   mask = np.ones(values.shape, bool) if judged is None else np.asarray(judged, bool)
-  if values.ndim not in (1, 2, 3) or mask.shape != values.shape:
+  counts = np.ones(values.shape) if weights is None else np.asarray(weights, np.float64)
+  if values.ndim not in (1, 2, 3) or not values.shape == mask.shape == counts.shape:
     raise ValueError(
-      f'expected wins [B], [B, K] or [B, K, M] and judged alike, got {values.shape}, {mask.shape}'
+      'expected wins [B], [B, K] or [B, K, M] with weights and judged alike, got '
+      f'{values.shape}, {mask.shape}, {counts.shape}'
     )
+  counts = np.where(mask, counts, 0).reshape(len(values), -1)
   values, mask = values.reshape(len(values), -1), mask.reshape(len(values), -1)
   bad = mask & ~((values >= 0) & (values <= 1))  # also True for NaN
   if bad.any():
     row = int(np.argwhere(bad)[0, 0])
     raise ValueError(f'wins must lie in [0, 1], got {values[bad][0]} for prompt {row}')
-  values, mask = values[mask.any(axis=1)], mask[mask.any(axis=1)]
+  some = mask.any(axis=1)
+  values, counts = values[some], counts[some]
   if not len(values):
     raise ValueError('no comparison was judged')
 
   def share(chosen: np.ndarray) -> np.ndarray:
-    return np.where(mask, chosen, 0).sum(axis=1) / mask.sum(axis=1)
+    return np.where(counts > 0, counts * chosen, 0).sum(axis=1) / counts.sum(axis=1)
 
   means = share(values)
   rate = bootstrap(means, seed=seed, level=level)

@@ -73,13 +73,16 @@ def arity(function: Function) -> int:
   return len(needed)
 
 
-def from_function(function: Function, decode: Decode, name: str) -> Judge:
+def from_function(
+  function: Function, decode: Decode, name: str, *, antisymmetric: bool = False
+) -> Judge:
   """A judge that calls `function` on the texts that `decode` makes of the responses.
 
   Two parameters give `rewards`; three give `wins`, judged in both orders and symmetrised,
-  P(i beats j) = (f(i, j) + 1 − f(j, i)) / 2, so that a liking for the first place cancels.
-  Siblings (opponent None) are asked for i < j alone; the rest follows by symmetry. Of a comparison
-  plan, only what it names is asked.
+  P(i beats j) = (f(i, j) + 1 − f(j, i)) / 2, so that a liking for the first place cancels; what is
+  `antisymmetric` by itself, f(i, j) + f(j, i) = 1, is asked in one order. Siblings (opponent None)
+  are asked for i < j alone; the rest follows by symmetry. Of a comparison plan, only what it names
+  is asked.
 
   Raises (the judge's functions):
     JudgeError: `function` raised, or gave a wrong count, something that is no finite number, or a
@@ -87,7 +90,7 @@ def from_function(function: Function, decode: Decode, name: str) -> Judge:
   """
   if arity(function) == 2:
     return Judge(name, rewards=_pointwise(function, decode, name), wins=None)
-  return Judge(name, rewards=None, wins=_pairwise(function, decode, name))
+  return Judge(name, rewards=None, wins=_pairwise(function, decode, name, antisymmetric))
 
 
 def _pointwise(
@@ -103,7 +106,9 @@ def _pointwise(
   return rewards
 
 
-def _pairwise(function: Function, decode: Decode, name: str) -> Callable[..., Array]:
+def _pairwise(
+  function: Function, decode: Decode, name: str, antisymmetric: bool
+) -> Callable[..., Array]:
   def wins(
     prompts: Prompts, own: Responses, opponent: Responses | None, plan: np.ndarray | None = None
   ) -> Array:
@@ -126,8 +131,9 @@ def _pairwise(function: Function, decode: Decode, name: str) -> Callable[..., Ar
 
       return _ask(function, name, [prompt, first, second], place, probability=True)
 
-    forward, backward = judged(one, two, 'in this order'), judged(two, one, 'in reverse order')
-    matrix[b, i, j] = 0.5 * (forward + 1.0 - backward)
+    matrix[b, i, j] = judged(one, two, 'in this order')
+    if not antisymmetric:
+      matrix[b, i, j] = 0.5 * (matrix[b, i, j] + 1.0 - judged(two, one, 'in reverse order'))
     if opponent is None:
       matrix[b, j, i] = 1.0 - matrix[b, i, j]
     return jnp.asarray(matrix)

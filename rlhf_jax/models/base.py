@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from rlhf_jax import sharding
 from rlhf_jax.types import Array, Params
 
 
@@ -26,3 +27,4 @@ class LanguageModel(NamedTuple):
   width: int  # D
   vocab_size: int  # V
   context: int  # most tokens of prompt and response together
+  layout: sharding.Layout | None = None  # where parameters and rows lie; None: as they come

@@ -23,12 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from rlhf_jax import sharding
 from rlhf_jax.models import depth, lora, rope
 from rlhf_jax.models.base import LanguageModel
 from rlhf_jax.types import Array, Params
 
 # Finite, so that a row with nothing to attend to averages instead of turning into NaN.
 MASKED = -1e30
+
+# Of whole rows: True where a token is, or the number of the document that it is of, 0 for padding.
+Mask = Bool[Array, 'R S'] | Int[Array, 'R S']
 
 # query f[B, H, K, G, E], key and value f[B, H, K, E]
 #   -> mixed f[B, H, K, G, E], (keys, values) to keep
@@ -362,6 +366,7 @@ class Decoder(nn.Module):
   dtype: Any
   remat: str = 'none'
   scan: bool = False
+  layout: sharding.Layout | None = None
 
   def setup(self):
     config, wide = self.config, _wide(self.dtype)
@@ -415,14 +420,14 @@ class Decoder(nn.Module):
     return attention(query, sources, scale=config.attention_scale, cap=config.attention_cap)
 
   def _rows(
-    self, tokens: Int[Array, 'R S'], attended: Bool[Array, 'R S']
+    self, tokens: Int[Array, 'R S'], attended: Mask
   ) -> tuple[Array, list[tuple[Turn | None, Attend]]]:
     """Whole rows. -> the first layer's input f[R, S, D], and what each layer takes beside it."""
     positions = position_ids(attended)
-    causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
+    own = visible(attended)
 
     def seen(window: int | None) -> Array:
-      mask = causal & attended[:, None, :]
+      mask = own
       if window is not None:
         mask &= positions[:, :, None] - positions[:, None, :] < window
       return mask[:, None, :, None, :]
@@ -434,19 +439,21 @@ class Decoder(nn.Module):
       return attend
 
     attends = map(over, self._masks(seen))
-    return self._embed(tokens, positions), list(zip(self._turns(positions), attends, strict=True))
+    x = sharding.constrain_batch(self._embed(tokens, positions), self.layout)
+    return x, list(zip(self._turns(positions), attends, strict=True))
 
   def _trunk(
-    self, tokens: Int[Array, 'R S'], attended: Bool[Array, 'R S']
+    self, tokens: Int[Array, 'R S'], attended: Mask
   ) -> tuple[Array, Sequence[tuple[Array, Array]]]:
     """Every layer over whole rows. -> f[R, S, D] before the last norm, (keys, values) per layer."""
     (x, given), memory = self._rows(tokens, attended), []
     for layer, beside in zip(self.layers, given, strict=True):
       x, kept = layer(x, *beside)
+      x = sharding.constrain_batch(x, self.layout)
       memory.append(kept)
     return x, memory
 
-  def _walk(self, tokens: Int[Array, 'R S'], attended: Bool[Array, 'R S']) -> Array:
+  def _walk(self, tokens: Int[Array, 'R S'], attended: Mask) -> Array:
     """The same without keys and values, as `remat` and `scan` say."""
     (x, given), config = self._rows(tokens, attended), self.config
     kinds = list(zip(self._each(config.windows), self._each(config.unrotated), strict=True))
@@ -454,15 +461,13 @@ class Decoder(nn.Module):
     one = Layer(config, self.dtype, parent=None)
 
     def layer(kind: Any, own: Params, x: Array) -> Array:
-      return one.apply({'params': own}, x, *beside[kind])[0]
+      return sharding.constrain_batch(one.apply({'params': own}, x, *beside[kind])[0], self.layout)
 
     params = self.variables['params']
     layers = [params[f'layers_{number}'] for number in range(config.layers)]
     return depth.walk(layer, x, layers, kinds, remat=self.remat, scan=self.scan)
 
-  def hidden(
-    self, tokens: Int[Array, 'R S'], attended: Bool[Array, 'R S']
-  ) -> Float[Array, 'R S D']:
+  def hidden(self, tokens: Int[Array, 'R S'], attended: Mask) -> Float[Array, 'R S D']:
     """The state after each token. Unattended positions are finite and mean nothing."""
     if self.is_initializing() or (self.remat == 'none' and not self.scan):
       return self.norm(self._trunk(tokens, attended)[0])
@@ -526,26 +531,91 @@ class Decoder(nn.Module):
       memory.append(kept)
     return self.norm(x), Cache(*zip(*memory, strict=True))
 
+  def extend(
+    self, tokens: Int[Array, 'B K T'], attended: Bool[Array, 'B K T'], prefix: Prefix
+  ) -> tuple[Float[Array, 'B K T D'], Prefix]:
+    """K right-padded continuations of each row. -> (the state after each token, B·K longer rows).
 
-def position_ids(attended: Bool[Array, 'R S']) -> Int[Array, 'R S']:
-  """How many attended tokens lie before each token: padding takes no position."""
-  return jnp.maximum(jnp.cumsum(attended, axis=1, dtype=jnp.int32) - 1, 0)
+    The same numbers as `hidden` of whole rows, and each row is read once.
+    """
+    (batch, count, length), groups = tokens.shape, self.config.heads // self.config.kv_heads
+    places = jnp.arange(length)
+    # Padding stays at 0: learned positions end with the context, in NaN, which no mask would stop.
+    position = jnp.where(attended, prefix.lengths[:, None, None] + places, 0).reshape(batch, -1)
+
+    def seen(window: int | None) -> tuple[Array, Array]:
+      of_prefix = jnp.repeat(prefix.attended[:, None], length, 1)
+      of_own = places[:, None] >= places
+      if window is not None:
+        away = prefix.lengths[:, None] - position_ids(prefix.attended)
+        of_prefix &= places[:, None] + away[:, None] < window
+        of_own &= places[:, None] - places < window
+      # T and G are one axis to the attention: all tokens of a continuation see the same keys.
+      of_prefix, of_own = (jnp.repeat(mask, groups, -2) for mask in (of_prefix, of_own))
+      return of_prefix[:, None, None], of_own
+
+    def over(masks: tuple[Array, Array], known: tuple[Array, Array]) -> Attend:
+      def attend(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
+        key, value = (x.reshape(*x.shape[:2], count, length, -1) for x in (key, value))
+        folded = query.reshape(*key.shape[:3], length * groups, -1)
+        sources = [Source(*known, masks[0]), Source(key, value, masks[1])]
+        return self._attend(folded, sources).reshape(query.shape), (key, value)
+
+      return attend
+
+    def joined(old: Array, new: Array) -> Array:  # f[B, H, P, E], f[B, H, K, T, E]
+      new = new.swapaxes(1, 2).reshape(batch * count, old.shape[1], length, -1)
+      return jnp.concatenate([jnp.repeat(old, count, 0), new], 2)
+
+    x, memory = self._embed(tokens.reshape(batch, -1), position), []
+    before = zip(prefix.keys, prefix.values, strict=True)
+    parts = zip(self.layers, self._turns(position), self._masks(seen), before, strict=True)
+    for layer, turn, masks, known in parts:
+      x, kept = layer(x, turn, over(masks, known))
+      memory.append(tuple(map(joined, known, kept)))
+    keys, values = zip(*memory, strict=True)
+    rows = attended.reshape(batch * count, length)
+    mask = jnp.concatenate([jnp.repeat(prefix.attended, count, 0), rows], 1)
+    longer = Prefix(keys, values, mask, mask.sum(axis=1, dtype=jnp.int32))
+    return self.norm(x).reshape(batch, count, length, -1), longer
+
+
+def visible(attended: Mask) -> Bool[Array, 'R S S']:
+  """Which tokens each one sees: itself and the attended ones before it, of its own document."""
+  causal = jnp.tril(jnp.ones((attended.shape[1],) * 2, bool))
+  if attended.dtype == bool:
+    return causal & attended[:, None, :]
+  same = attended[:, :, None] == attended[:, None, :]
+  return causal & same & (attended > 0)[:, None, :]
+
+
+def position_ids(attended: Mask) -> Int[Array, 'R S']:
+  """How many attended tokens of its document lie before each: padding takes no position."""
+  if attended.dtype == bool:
+    return jnp.maximum(jnp.cumsum(attended, axis=1, dtype=jnp.int32) - 1, 0)
+  return jnp.maximum(visible(attended).sum(axis=2, dtype=jnp.int32) - 1, 0)
 
 
 def decoder(
-  config: DecoderConfig, dtype: Any = jnp.float32, *, remat: str = 'none', scan: bool = False
+  config: DecoderConfig,
+  dtype: Any = jnp.float32,
+  *,
+  remat: str = 'none',
+  scan: bool = False,
+  layout: sharding.Layout | None = None,
 ) -> LanguageModel:
   """The pure functions of a decoder that computes in `dtype`; parameters are at least float32.
 
   Norms, angles, softmax, logits and the gradients' sums are at least float32 in any case. In
   float32 and wider, matrix products are exact to that type on every backend. `remat` and `scan`
   are of the full forward (depth.py): they change its memory and its compile time, and no number.
+  A `layout` keeps each device at its own rows: parameters come to them, layer by layer.
 
   Raises:
     ValueError: `remat` is unknown.
   """
   depth.check(remat)
-  module = Decoder(config, dtype, remat, scan)
+  module = Decoder(config, dtype, remat, scan, layout)
 
   @jax.jit
   def init(key: Array) -> Params:
@@ -572,4 +642,24 @@ def decoder(
     width=config.width,
     vocab_size=config.vocab_size,
     context=config.context,
+    layout=layout,
   )
+
+
+def extender(
+  config: DecoderConfig, dtype: Any = jnp.float32
+) -> Callable[[Params, Array, Array, Prefix], tuple[Array, Prefix]]:
+  """`Decoder.extend` as a pure function, beside the `prefill` of `decoder(config, dtype)`.
+
+  -> extend(params, tokens i32[B, K, T], attended bool[B, K, T], prefix of B rows)
+    -> (f[B, K, T, D], prefix of B·K rows)
+  """
+  module = Decoder(config, dtype)
+
+  def extend(
+    params: Params, tokens: Array, attended: Array, prefix: Prefix
+  ) -> tuple[Array, Prefix]:
+    found = module.apply({'params': params}, tokens, attended, prefix, method='extend')
+    return found  # type: ignore[return-value]
+
+  return extend

@@ -1,8 +1,9 @@
 """Heads on a trunk's hidden states, as pure functions of small trees.
 
 A value head is `{'kernel': [D, 1], 'bias': [1]}`. A reward model is `{'trunk': ..., 'score':
-{'kernel': [D, 1]}}`: the trunk's tree is a policy's without its language head. So is a value model
-that stands apart from the policy, which is how it starts as a reward model.
+{'kernel': [D, 1]}}`, with a `'bias': [1]` if it is normalised: the trunk's tree is a policy's
+without its language head. So is a value model that stands apart from the policy, which is how it
+starts as a reward model.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from rlhf_jax.models.base import LanguageModel
 from rlhf_jax.types import Array, Params
@@ -62,12 +63,13 @@ def value(params: Params, hidden: Float[Array, '... D']) -> Float[Array, '...']:
 
 
 def score(params: Params, hidden: Float[Array, '... D']) -> Float[Array, '...']:
-  """r = w · h of a reward or value model `{'trunk': ..., 'score': ...}`, from its own states."""
-  return _project(params['score']['kernel'], hidden)
+  """r = w · h (+ b) of a reward or value model `{'trunk': ..., 'score': ...}`, from its states."""
+  found = _project(params['score']['kernel'], hidden)
+  return found + params['score']['bias'][0] if 'bias' in params['score'] else found
 
 
 def reward(model: LanguageModel) -> Callable[[Params, Array, Array], Array]:
-  """The function of a reward model over `model`'s trunk: r = w · h_last, one number per row.
+  """The function of a reward model over `model`'s trunk: r = w · h_last (+ b), a number per row.
 
   -> apply(params, tokens i32[R, S], attended bool[R, S]) -> f[R]. `last` is the last *attended*
   position, whatever its token: padding is never guessed from token ids. A row with no attended
@@ -75,12 +77,15 @@ def reward(model: LanguageModel) -> Callable[[Params, Array, Array], Array]:
   """
 
   def apply(params: Params, tokens: Array, attended: Array) -> Array:
-    hidden = model.hidden(params['trunk'], tokens, attended)
-    last = jnp.max(jnp.where(attended, jnp.arange(tokens.shape[1]), 0), axis=1)
-    state = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    return score(params, state)
+    return score(params, final(model.hidden(params['trunk'], tokens, attended), attended))
 
   return apply
+
+
+def final(hidden: Float[Array, 'R S D'], attended: Bool[Array, 'R S']) -> Float[Array, 'R D']:
+  """The state after each row's last attended token."""
+  last = jnp.max(jnp.where(attended, jnp.arange(attended.shape[1]), 0), axis=1)
+  return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
 
 def _project(kernel: Float[Array, 'D 1'], hidden: Float[Array, '... D']) -> Float[Array, '...']:

@@ -39,6 +39,9 @@ COPIED = (
 )
 
 SHARD_BYTES = 5_000_000_000
+# What a reward model adds to its score. transformers has no place for it: it keeps the field and
+# leaves the function alone.
+OFFSET = 'reward_offset'
 
 
 def read_config(directory: Where, *, reward: bool = False) -> tuple[Family, DecoderConfig]:
@@ -55,6 +58,8 @@ def read_config(directory: Where, *, reward: bool = False) -> tuple[Family, Deco
       'model.safetensors and tokenizer.json (nothing is downloaded)'
     )
   fields = read_json(path)
+  if reward:
+    _offset(path, fields.pop(OFFSET, 0.0))
   family = configs.find_family(path, fields, reward=reward)
   config = configs.parse(path, fields, family)
   return family, dataclasses.replace(config, tied=True) if reward else config
@@ -91,9 +96,14 @@ def read_reward_model(
   Parameters are `{'trunk': ..., 'score': {'kernel': [D, 1]}}` and go into
   `heads.reward(model)(params, tokens, attended) -> f[R]`. transformers reads the score at the last
   token that *is not its pad token's id*; here it is the last attended one, so the two agree only
-  where text never holds that id. Arguments and errors as in `read_model`.
+  where text never holds that id. Where config.json has a `reward_offset` it is the score's `bias`,
+  [1], and transformers' number lacks it. Arguments and errors as in `read_model`.
   """
-  return _read(directory, dtype, param_dtype, sharding, reward=True)
+  model, params, config = _read(directory, dtype, param_dtype, sharding, reward=True)
+  path = Path(directory) / 'config.json'
+  if offset := _offset(path, read_json(path).get(OFFSET, 0.0)):
+    params['score']['bias'] = jnp.full(1, offset, params['score']['kernel'].dtype)
+  return model, params, config
 
 
 def stored_dtype(directory: Where) -> np.dtype:
@@ -146,7 +156,10 @@ def write_reward_model(
   dtype: Any = None,
   shard_bytes: int = SHARD_BYTES,
 ) -> None:
-  """A reward model, `{'trunk': ..., 'score': {'kernel': [D, 1]}}`; otherwise as `write_model`."""
+  """A reward model, `{'trunk': ..., 'score': {'kernel': [D, 1]}}`; otherwise as `write_model`.
+
+  A `'bias': [1]` beside the kernel becomes the field `reward_offset` of config.json.
+  """
   config = dataclasses.replace(config, tied=True)
   _write(directory, config, params, tokenizer_directory, dtype, shard_bytes, reward=True)
 
@@ -200,6 +213,9 @@ def _write(
 ) -> None:
   directory, family = Path(directory).resolve(), configs.family_of(config)
   check_empty(directory)
+  offset = params['score'].get('bias') if reward else None
+  if offset is not None:
+    params = {**params, 'score': {'kernel': params['score']['kernel']}}
   described = configs.describe(config)
   flat, shapes = traverse_util.flatten_dict(params), _shapes(decoder(config), reward=reward)
   weights.check(
@@ -218,6 +234,7 @@ def _write(
     'pad_token_id': None,
     **_token_ids(source),
     **({'id2label': {'0': 'LABEL_0'}, 'label2id': {'LABEL_0': 0}} if reward else {}),
+    **({} if offset is None else {OFFSET: float(offset[0])}),
   }
   directory.parent.mkdir(parents=True, exist_ok=True)
   unfinished = directory.parent / f'.{directory.name}.{uuid.uuid4().hex}'
@@ -232,6 +249,18 @@ def _write(
     unfinished.rename(directory)
   finally:
     shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _offset(path: Path, value: Any) -> float:
+  """A `reward_offset`, checked.
+
+  Raises:
+    ValueError: it is no finite number.
+  """
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  if not number or not np.isfinite(value):
+    raise ValueError(f'{path}: {OFFSET} must be a finite number, found {value!r:.60}')
+  return float(value)
 
 
 def _token_ids(source: Path | None) -> dict[str, Any]:

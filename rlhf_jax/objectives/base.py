@@ -43,3 +43,4 @@ class Objective(NamedTuple):
   select: Select | None = None  # which comparisons are bought; None: all
   turns: int = 1  # responses that the loss puts one behind the other; 2 for revisions
   judged: bool = True  # False: learns from recorded responses alone, and asks no judge
+  constraints: tuple[str, ...] = ()  # names of the judges whose rewards must be reached

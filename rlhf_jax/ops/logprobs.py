@@ -57,11 +57,13 @@ def token_statistics(
   entropies: bool = False,
   reference: tuple[Callable[[Array], Array], Float[Array, 'R T D']] | None = None,
   slice_elements: int = SLICE_ELEMENTS,
+  keep: Callable[[Array], Array] = lambda rows: rows,
 ) -> tuple[Array, Array | None, Array | None]:
   """Per token: log π(token), and if asked the exact entropy and KL(π || reference) over V.
 
   The head is applied to a few positions at a time - of all rows or, where one position of every
   row is too many logits already, of some rows - and rematerialised in the backward pass.
+  `keep` is what holds rows, the first axis, at the devices that they are split over.
 
   Returns:
     (f[R, T], f[R, T] or None, f[R, T] or None), all in nats.
@@ -82,7 +84,7 @@ def token_statistics(
 
   @jax.checkpoint
   def one(part: tuple) -> tuple[Array, Array | None, Array | None]:
-    state, token, other = part
+    state, token, other = jax.tree.map(keep, part)
     logp = log_softmax(head(state), temperature)
     chosen = jnp.take_along_axis(logp, token[..., None], -1)[..., 0]
     spread = entropy(logp) if entropies else None

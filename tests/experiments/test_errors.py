@@ -137,7 +137,10 @@ def test_a_tokenizer_that_does_not_fit(refused, toy, tmp_path):
 def test_a_reward_model_that_is_none(refused, toy, tmp_path):
   line = refused('ppo', f'--config.judge.checkpoint={tmp_path}/nowhere')
   assert f'{tmp_path}/nowhere' in line
-  line = refused('ppo', f'--config.judge.checkpoint={toy.checkpoint}')  # a language model
+  line = refused('ppo', f'--config.judge.checkpoint={toy.checkpoint}')
+  assert 'is a language model: give judge.implicit_reference' in line
+  (tmp_path / 'config.json').write_text('{"architectures": ["BertForMaskedLM"]}')
+  line = refused('ppo', f'--config.judge.checkpoint={tmp_path}')
   assert 'as a reward model, supported: LlamaForSequenceClassification' in line
 
 

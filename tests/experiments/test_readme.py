@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments import launch
+from experiments import launch, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 TRAINING = ('ppo', 'nash_md', 'inpo', 'dno', 'vbon')
 ALL = (*TRAINING, 'tabular', 'generate', 'prepare', 'score', 'export')
+ALL += ('plan', 'sft', 'reward_model', 'preference_model', 'evaluate', 'watch')
 START = 'python3 -m venv .venv && .venv/bin/pip install -q -e '
 
 
@@ -57,7 +58,7 @@ def test_every_command_can_be_parsed():
     words = shlex.split(line.split('&&')[-1])
     name = words[words.index('-m') + 1].removeprefix('experiments.')
     assert name in ALL and (ROOT / 'experiments' / f'{name}.py').is_file()
-    argv = words[words.index('-m') + 2 :]
+    argv = plan.spelled(words[words.index('-m') + 2 :])
     launch.parse(importlib.import_module(f'experiments.{name}').get_config(argv), argv)
 
 
@@ -65,7 +66,7 @@ def test_every_flag_exists():
   named = set(re.findall(r'--config\.[a-z_.]*[a-z_]', README))
   assert len(named) > 15
   everywhere = set().union(*(keys(name) for name in ALL))
-  assert named - {'--config.objective', '--config.objective.name'} <= everywhere
+  assert named - {'--config.objective', '--config.objective.name', '--config.model'} <= everywhere
   # Those of the table hold for all five.
   table = '\n'.join(line for line in README.splitlines() if line.startswith('| `--config.'))
   tabled = set(re.findall(r'--config\.[a-z_.]*[a-z_]', table)) - {'--config.objective'}

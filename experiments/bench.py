@@ -1,0 +1,371 @@
+"""Times one round of every objective and of its parts, after compilation.
+
+  python -m experiments.bench --config.quick=true          one objective, about a minute
+  python -m experiments.bench                              all of them; bench.json and bench.md
+  python -m experiments.bench --config.objectives=ppo,nash_md --config.size=large
+
+A random Llama, random prompts, responses that never end and a judge that counts odd tokens: what is
+timed is the round and nothing else. Rates are shares of what this machine itself reaches in one
+large matrix product and one large copy, measured before and after.
+"""
+
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from experiments import catalogue, costs
+from experiments.launch import launch
+from rlhf_jax import actor, experience, learner, loop, metrics, players, sharding
+from rlhf_jax.judges.base import Judge
+from rlhf_jax.models import decoder
+from rlhf_jax.objectives import OBJECTIVES
+from rlhf_jax.types import Array, Prompts, Recording
+
+QUICK = 'nash_md'
+LEAST = 7  # repetitions, of which the median and the spread are told
+
+
+class Size(NamedTuple):
+  """A model and its round."""
+
+  width: int
+  layers: int
+  heads: int
+  tokens: int  # of a response
+  vocab: int = 4096
+  asked: int = 32  # tokens of a prompt
+
+  def described(self) -> decoder.DecoderConfig:
+    return decoder.DecoderConfig(
+      vocab_size=self.vocab,
+      width=self.width,
+      layers=self.layers,
+      heads=self.heads,
+      kv_heads=self.heads,
+      head_dim=self.width // self.heads,
+      mlp_width=4 * self.width,
+      context=self.asked + self.tokens,
+    )
+
+
+SIZES = {
+  'small': Size(256, 4, 8, 64),
+  'large': Size(512, 8, 8, 128),
+  'tiny': Size(16, 2, 2, 4, 64, 4),
+}
+
+
+class Peak(NamedTuple):
+  """What this machine reaches."""
+
+  products: float  # FLOP/s of one large matrix product
+  copies: float  # bytes/s read and written in one large copy
+
+
+class Part(NamedTuple):
+  """One compiled part of a round."""
+
+  calls: float  # a round
+  seconds: list[float]  # of all its calls, round by round
+  flops: float  # of its matrix products, a round
+  moved: float  # bytes that the compiler reads and writes, a round
+  temporary: int  # bytes alive at once beside its arguments
+  compiled: int  # how often it was compiled
+
+
+def get_config(argv: list[str]) -> ConfigDict:
+  del argv
+  config = ConfigDict()
+  config.objectives = 'all'  # or names, with commas between
+  config.size = 'small'  # width 256, 4 layers, 64 tokens; 'large': 512, 8, 128; 'tiny' for a test
+  config.sequences = (
+    16  # rows a round; prompts are as many by the responses that an objective needs
+  )
+  config.repeats = LEAST
+  config.dtype = 'float32'  # or 'bfloat16'
+  config.quick = False  # nash_md at the small size
+  config.profile = False  # leave a trace of one round for JAX's profiler in the output
+  config.output = 'runs/bench'  # bench.json, bench.md and the traces
+  return config
+
+
+def machine(repeats: int) -> Peak:
+  """The best of `repeats` matrix products of 2048³ in float32, and of copies of 256 MiB."""
+  square = jnp.ones((2048, 2048), jnp.float32)
+  long = jnp.ones((64 * 2**20,), jnp.float32)
+  multiply = jax.jit(lambda x: jnp.dot(x, x, precision=jax.lax.Precision.HIGHEST))
+  copy = jax.jit(lambda x: x + 1)
+
+  def fastest(function: Callable[[Array], Array], given: Array) -> float:
+    jax.block_until_ready(function(given))
+    return min(timed(function, given) for _ in range(repeats))
+
+  return Peak(2 * 2048**3 / fastest(multiply, square), 2 * long.nbytes / fastest(copy, long))
+
+
+def timed(function: Callable[..., Any], *given: Any) -> float:
+  """Seconds until what it makes is there."""
+  since = time.perf_counter()
+  jax.block_until_ready(function(*given))
+  return time.perf_counter() - since
+
+
+def odd() -> Judge:
+  """The share of odd tokens."""
+
+  @jax.jit
+  def rewards(tokens: Array, attended: Array) -> Array:
+    return jnp.mean(tokens % 2 * attended, -1)
+
+  return Judge('odd', lambda _, own: rewards(own.tokens, own.attended), None)
+
+
+def setup(name: str, size: Size, sequences: int, dtype: str) -> tuple[loop.Setup, Prompts]:
+  """One objective's round: as many prompts as `sequences` rows need, at least one."""
+  objective = catalogue.objective_of(name)
+  least = max(2 if objective.opponent is players.SIBLINGS else 1, objective.least_responses)
+  batch = max(1, sequences // least)
+  described = size.described()
+  model, mesh = decoder.decoder(described, jnp.dtype(dtype)), sharding.data_mesh(1)
+  random = np.random.default_rng(0)
+  tokens = random.integers(0, size.vocab, (batch, size.asked), np.int32)
+  recorded = None
+  if isinstance(objective.behaviour, players.Recorded):
+    shape = batch, least, size.tokens
+    labels = np.full((batch, least, least), 0.5, np.float32)
+    labels[:, 0, 1:], labels[:, 1:, 0] = 0.8, 0.2
+    recorded = Recording(
+      tokens=jnp.asarray(random.integers(0, size.vocab, shape, np.int32)),
+      attended=jnp.ones(shape, bool),
+      ended=jnp.zeros(shape[:2], bool),
+      weights=jnp.full(shape[:2], 1 / least, jnp.float32),
+      draws=jnp.full(batch, float(least), jnp.float32),
+      wins=jnp.asarray(labels) if objective.judged else None,
+    )
+  prompts = Prompts(
+    jnp.asarray(tokens),
+    jnp.ones(tokens.shape, bool),
+    jnp.arange(batch, dtype=jnp.int32),
+    None,
+    recorded,
+  )
+  return loop.Setup(
+    model=model,
+    objective=objective,
+    judging=experience.Judging(odd()),
+    sample=actor.sampler(model, max_tokens=size.tokens, end_tokens=(), mesh=mesh),
+    settings=actor.sampling(budget=size.tokens),
+    optimizer=optax.adamw(1e-5, eps=1e-5),
+    schedule=learner.Schedule(),
+    responses=least,
+    opponents=1,
+  ), prompts
+
+
+class Watched:
+  """A compiled function that notes how long its calls took, and for which shapes they were."""
+
+  def __init__(self, function: Any) -> None:
+    self.function = function
+    self.seconds: list[float] = []
+    self.shapes: list[tuple[tuple, dict[str, Any]]] = []
+
+  def __call__(self, *given: Any, **static: Any) -> Any:
+    # Shapes before the call: it may donate its arguments.
+    self.shapes.append((jax.tree.map(_shape, given), static))
+    since = time.perf_counter()
+    made = jax.block_until_ready(self.function(*given, **static))
+    self.seconds.append(time.perf_counter() - since)
+    return made
+
+
+def _shape(leaf: Any) -> Any:
+  if isinstance(leaf, jax.Array | np.ndarray):
+    weak = getattr(leaf, 'weak_type', False)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=weak)
+  return leaf
+
+
+def bench(
+  name: str, size: Size, config: ConfigDict, peak: Peak, trace: Path | None
+) -> dict[str, Any]:
+  """One objective. Every other round is timed whole, and those between them part by part."""
+  given, prompts = setup(name, size, config.sequences, config.dtype)
+  loop.check(given)
+  policy = sharding.replicate(given.model.init(jax.random.key(0)), sharding.data_mesh(1))
+  state = loop.start(given, jax.random.key(0), policy, policy)
+  plain = loop.functions(given)
+  watched = {part: Watched(function) for part, function in plain._asdict().items()}
+  watched['sample'] = Watched(given.sample)
+  parts = loop.Functions(**{part: watched[part] for part in plain._fields})
+
+  since = time.perf_counter()
+  state, figures, _ = loop.play(given, plain, state, prompts)
+  jax.block_until_ready(state)
+  compiling = time.perf_counter() - since
+
+  whole: list[float] = []
+  apart = given._replace(sample=watched['sample'])
+  for _ in range(config.repeats):
+    since = time.perf_counter()
+    state, figures, _ = loop.play(given, plain, state, prompts)
+    jax.block_until_ready(state)
+    whole.append(time.perf_counter() - since)
+    state, figures, _ = loop.play(apart, parts, state, prompts)
+  if trace is not None:
+    with jax.profiler.trace(str(trace)):
+      state, figures, _ = loop.play(given, plain, state, prompts)
+      jax.block_until_ready(state)
+  found = {part: costed(one, config.repeats, size) for part, one in watched.items() if one.seconds}
+  found['prefill'] = prefilled(given, state, prompts, config.repeats)
+  return told(name, given, prompts, found, whole, compiling, figures, peak)
+
+
+def costed(one: Watched, repeats: int, size: Size) -> Part:
+  """What a part took in each round, and what the compiler says of it."""
+  calls = len(one.seconds) // repeats
+  seconds = np.reshape(one.seconds, (repeats, calls)).sum(1).tolist()
+  flops, moved, temporary = 0.0, 0.0, 0
+  for given, static in one.shapes[:calls]:
+    traced = one.function.trace(*given, **static)
+    compiled = traced.lower().compile()
+    flops += sum(costs.products(traced.jaxpr.jaxpr, most=size.tokens).values())
+    moved += costs.traffic(compiled.as_text()).memory
+    temporary = max(temporary, compiled.memory_analysis().temp_size_in_bytes)
+  return Part(calls, seconds, flops, moved, temporary, one.function._cache_size())
+
+
+def prefilled(given: loop.Setup, state: loop.RunState, prompts: Prompts, repeats: int) -> Part:
+  """The prompts' own forward, as one member of a player reads them."""
+  one = Watched(jax.jit(given.model.prefill))
+  arguments = state.params['policy'], prompts.tokens, prompts.attended
+  for _ in range(repeats + 1):
+    one(*arguments)
+  one.seconds, one.shapes = one.seconds[1:], one.shapes[1:]
+  return costed(one, repeats, Size(0, 0, 1, 1))
+
+
+def told(
+  name: str,
+  given: loop.Setup,
+  prompts: Prompts,
+  found: dict[str, Part],
+  whole: Sequence[float],
+  compiling: float,
+  figures: dict[str, Any],
+  peak: Peak,
+) -> dict[str, Any]:
+  """One objective's row in plain numbers: seconds, FLOPs, bytes, and shares of the peak."""
+  rows: dict[str, Any] = {}
+  for part, one in found.items():
+    middle = statistics.median(one.seconds)
+    rows[part] = {
+      'calls': one.calls,
+      'seconds': middle,
+      'spread': max(one.seconds) - min(one.seconds),
+      'flops': one.flops,
+      'flops_share': one.flops / middle / peak.products,
+      'bytes': one.moved,
+      'bytes_share': one.moved / middle / peak.copies,
+      'temporary': one.temporary,
+      'compiled': one.compiled,
+    }
+  written = float(figures['rollout/tokens'])
+  row: dict[str, Any] = {
+    'objective': name,
+    'prompts': prompts.tokens.shape[0],
+    'responses': given.responses,
+    'round': statistics.median(whole),
+    'spread': max(whole) - min(whole),
+    'rounds': list(whole),
+    'first': compiling,
+    'tokens': written,
+    'logp_gap': float(figures.get('rollout/logp_gap', 0.0)),
+    'parts': rows,
+  }
+  if 'sample' in rows:
+    row['decode_tokens_per_second'] = written / rows['sample']['seconds']
+  return row
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+  """The objectives beside each other, milliseconds."""
+  parts = ('prefill', 'sample', 'score', 'targets', 'update')
+  names = ['objective', 'rows', 'round, ms', 'spread', *(f'{part}, ms' for part in parts)]
+  names += ['tokens/s', 'update, share of the peak', 'first round, s', 'log-prob gap']
+  lines = [names, ['---', *['---:'] * (len(names) - 1)]]
+  for row in rows:
+    cells = [row['objective'], f'{row["prompts"]} x {row["responses"]}']
+    cells += [f'{1e3 * row[key]:.0f}' for key in ('round', 'spread')]
+    for part in parts:
+      one = row['parts'].get(part)
+      cells.append('' if one is None else f'{1e3 * one["seconds"]:.1f}')
+    rate = row.get('decode_tokens_per_second')
+    cells += ['' if rate is None else f'{rate:.0f}', f'{row["parts"]["update"]["flops_share"]:.2f}']
+    lines.append([*cells, f'{row["first"]:.1f}', f'{row["logp_gap"]:.1e}'])
+  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def run(config: ConfigDict) -> None:
+  """Time what is asked for, print the table and write it.
+
+  Raises:
+    ValueError: an unknown objective or size, or fewer repetitions than a spread needs.
+  """
+  names = list(OBJECTIVES) if config.objectives == 'all' else config.objectives.split(',')
+  if config.quick:
+    names = [QUICK] if config.objectives == 'all' else names
+  for name in names:
+    if name not in OBJECTIVES:
+      raise ValueError(f'objectives must be of {sorted(OBJECTIVES)}, got {name!r}')
+  if config.size not in SIZES:
+    raise ValueError(f'size must be one of {sorted(SIZES)}, got {config.size!r}')
+  for key, least in (('repeats', LEAST), ('sequences', 1)):
+    if config[key] < least:
+      raise ValueError(f'{key} must be at least {least}, got {config[key]}')
+  if config.dtype not in ('float32', 'bfloat16'):
+    raise ValueError(f'dtype must be float32 or bfloat16, got {config.dtype!r}')
+  folder, size = Path(config.output), SIZES[config.size]
+  folder.mkdir(parents=True, exist_ok=True)
+  before, rows = machine(config.repeats), []
+  for name in names:
+    print(f'{name} ...', file=sys.stderr, flush=True)
+    trace = folder / f'trace_{name}' if config.profile else None
+    rows.append(bench(name, size, config, before, trace))
+  after = machine(config.repeats)
+  resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+    1 if sys.platform == 'darwin' else 1024
+  )
+  record = {
+    'command': ' '.join(['python -m experiments.bench', *sys.argv[1:]]),
+    'size': {'name': config.size, **size._asdict()},
+    'dtype': config.dtype,
+    'machine': {'before': before._asdict(), 'after': after._asdict()},
+    'resident_bytes': resident,
+    'manifest': metrics.manifest(seeds={}, command=sys.argv),
+    'objectives': rows,
+  }
+  (folder / 'bench.json').write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
+  peaks = ' and '.join(
+    f'{one.products / 1e9:.0f} GFLOP/s and {one.copies / 1e9:.1f} GB/s {when}'
+    for one, when in ((before, 'before'), (after, 'after'))
+  )
+  text = f'{table(rows)}\n\nPeak of this machine: {peaks}. '
+  text += f'Largest resident set: {resident / 2**20:.0f} MiB.\n'
+  (folder / 'bench.md').write_text(text, encoding='utf-8')
+  print(text)
+
+
+if __name__ == '__main__':
+  launch(__doc__, get_config, run)

@@ -1,0 +1,225 @@
+"""The studies: expectations come before measurements, and the verdict follows one rule."""
+
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.launch import parse
+from experiments.studies import __main__ as command_line
+from experiments.studies import base, overoptimisation, report, sampling_bias
+from experiments.studies.base import Figure, Measured, Study
+from experiments.studies.catalogue import STUDIES
+from rlhf_jax.evaluation.intervals import Interval
+from rlhf_jax.ops import best_of_n
+from rlhf_jax.tabular import solvers
+
+
+def toy(measured: list[int]) -> Study:
+  """Finds its seed; writes down in `measured` which seeds it was asked for."""
+
+  def measure(size, seeds, folder):
+    del folder
+    for seed in seeds:
+      measured.append(seed)
+      yield seed, Measured({'seed': float(seed), 'scale': size['scale']})
+
+  return Study(
+    claim='seeds are numbers',
+    source='nobody',
+    miniature='their own numbers',
+    size={'scale': 1.0},
+    quick={'scale': 0.5},
+    expected=lambda size: {
+      'seed': Figure('the seed', low=-1.0),
+      'scale': base.about('the scale', size['scale'], 0.1),
+    },
+    measure=measure,
+    table=lambda size, seeds: f'{len(seeds)} seeds at {size["scale"]}',
+  )
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+  """run(*flags) of the toy study, what it has measured, and where its results go by default."""
+  measured = []
+  monkeypatch.setattr(command_line, 'STUDIES', {'toy': toy(measured)})
+  monkeypatch.setattr(command_line, 'HERE', tmp_path / 'record')
+
+  def run(*flags):
+    argv = [f'--config.workdir={tmp_path / "work"}', *flags]
+    config = command_line.get_config(argv, command_line.STUDIES['toy'])
+    return command_line.run('toy', parse(config, argv))
+
+  run.measured, run.folder = measured, tmp_path
+  return run
+
+
+def test_an_interval_inside_its_range_is_as_expected_outside_otherwise_and_across_it_open():
+  above = Figure('x', low=0.0)
+  assert base.outcome(above, Interval(1.0, 0.1, 2.0)) == 'as expected'
+  assert base.outcome(above, Interval(-1.0, -2.0, -0.1)) == 'otherwise'
+  assert base.outcome(above, Interval(0.5, -0.1, 2.0)) == 'open'
+  # A figure that is 0 in every seed is not above 0.
+  assert base.outcome(above, Interval(0.0, 0.0, 0.0)) == 'otherwise'
+
+
+def test_the_verdict():
+  assert base.verdict(['as expected'] * 3, 5) == 'reproduced'
+  assert base.verdict(['as expected', 'open'], 5) == 'partly'
+  assert base.verdict(['otherwise', 'open'], 5) == 'not'
+  assert base.verdict(['as expected'], 4) == 'too few seeds'
+
+
+def test_every_seed_counts_where_the_figure_says_so():
+  values = [0.0, 1.0, 5.0]
+  assert base.interval(values, every=True) == (2.0, 0.0, 5.0)
+  mean = base.interval(values)
+  assert 0.0 <= mean.low < mean.estimate == 2.0 < mean.high <= 5.0
+
+
+def test_the_range_in_words():
+  assert report.expectation(Figure('x', low=0.5)) == 'above 0.5'
+  assert report.expectation(Figure('x', high=0.5)) == 'below 0.5'
+  assert report.expectation(Figure('x', low=0.25, high=0.5)) == '0.25 to 0.5'
+  assert report.expectation(base.about('x', 0.5, 0.1)) == '0.5 ± 0.1'
+
+
+def test_a_stopped_study_goes_on_with_the_seeds_that_are_missing(study):
+  study('--config.seeds=2')
+  study('--config.seeds=5')
+  assert study.measured == [0, 1, 2, 3, 4]
+
+
+def test_results_of_the_default_size_are_recorded_and_others_stay_in_the_work_directory(study):
+  study('--config.quick=true', f'--config.workdir={study.folder / "quick"}')
+  assert not (study.folder / 'record').exists()
+  found = json.loads((study.folder / 'quick' / 'results.json').read_text())['toy']
+  assert found['figures']['scale']['measured'] == 0.5
+  assert found['command'] == 'python -m experiments.studies toy --config.quick=true'
+
+  study()
+  found = json.loads((study.folder / 'record' / 'results.json').read_text())['toy']
+  assert found['figures']['seed']['values'] == [0.0, 1.0, 2.0, 3.0, 4.0]
+  assert found['verdict'] == 'reproduced'
+  page = (study.folder / 'record' / 'RESULTS.md').read_text()
+  assert '## toy: reproduced' in page and '5 seeds at 1.0' in page
+
+
+def test_what_was_expected_is_on_disk_before_anything_is_measured(study, monkeypatch):
+  def measure(size, seeds, folder):
+    del size, seeds
+    assert json.loads((folder / 'expected.json').read_text())['scale']['expected'] == '1 ± 0.1'
+    yield from ()
+
+  whole = {'toy': command_line.STUDIES['toy']._replace(measure=measure)}
+  monkeypatch.setattr(command_line, 'STUDIES', whole)
+  with pytest.raises(ValueError, match='measured nothing of seed 0'):
+    study()
+
+
+def test_another_size_wants_another_work_directory(study):
+  study()
+  with pytest.raises(ValueError, match='at another size'):
+    study('--config.size.scale=2.0')
+
+
+def test_a_figure_that_was_not_expected_is_refused(study, monkeypatch):
+  other = command_line.STUDIES['toy']._replace(
+    measure=lambda *_: iter([(0, Measured({'other': 1.0}))])
+  )
+  monkeypatch.setattr(command_line, 'STUDIES', {'toy': other})
+  with pytest.raises(ValueError, match='toy must measure'):
+    study()
+
+
+def test_an_unknown_study_is_refused_in_one_line(monkeypatch):
+  monkeypatch.setattr('sys.argv', ['studies', 'nhlf'])
+  with pytest.raises(SystemExit, match="got 'nhlf'"):
+    command_line.main()
+
+
+# ---- over-optimisation -----------------------------------------------------------------------
+
+
+def test_best_of_n_is_the_packages_own_law_of_the_best_of_n():
+  rng = np.random.default_rng(0)
+  proxy, values = rng.normal(size=(2, 3, 8))
+  for count in (1, 3):
+    law = best_of_n.law(jnp.asarray(proxy), jnp.full((3, 8), 1 / 8), jnp.asarray(8.0), count)
+    want = np.sum(np.asarray(law) * values, 1)
+    np.testing.assert_allclose(overoptimisation.best_of(proxy, values, count), want, atol=1e-6)
+
+
+def test_a_peak_of_its_own_noise_loses_nothing():
+  # The first half peaks at 1, where the second has .2 and ends at .3; the second at 2, where the
+  # first has .5 and ends at .4: ((.2 − .3) + (.5 − .4))/2 = 0.
+  halves = np.array([[0.0, 0.9, 0.5, 0.4], [0.0, 0.2, 0.8, 0.3]])
+  assert overoptimisation.turned(halves) == pytest.approx(0.0)
+  falling = np.array([[0.0, 0.5, 0.2], [0.0, 0.6, 0.3]])
+  assert overoptimisation.turned(falling) == pytest.approx(0.3)
+
+
+def test_delay_is_the_kl_at_the_peak_and_the_end_is_compared_at_a_kl_that_all_reach():
+  def curve(gold, kl):
+    return {'gold': [gold, gold], 'proxy': [0.0, 1.0, 2.0], 'kl': kl}
+
+  early, late = [0.3, 0.5, 0.1], [0.3, 0.4, 0.5]
+  curves = {
+    'best_of_n': {
+      'kl': [0.0, 1.0, 2.0],
+      **{name: curve(late, None) for name in overoptimisation.METHODS},
+      'single': curve(early, None),
+    },
+    # Three rounds are one smoothed point: nothing turns and nothing is delayed.
+    'ppo': {name: curve(late, [0.0, 1.0, 2.0]) for name in overoptimisation.METHODS},
+  }
+  found = overoptimisation.figures(curves)
+  assert set(found) == set(overoptimisation.expected({'pool': 8}))
+  assert found['best_of_n_turn'] == pytest.approx(0.4)
+  assert found['best_of_n_proxy'] == pytest.approx(1.0)
+  assert found['best_of_n_mean_end'] == pytest.approx(0.4)
+  assert found['best_of_n_mean_delay'] == pytest.approx(1.0)
+  assert found['ppo_turn'] == found['ppo_mean_delay'] == 0
+
+
+# ---- faults put in ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', sampling_bias.FAULTS)
+def test_a_harmful_fault_moves_the_answer_and_a_harmless_one_does_not(name):
+  fault = sampling_bias.FAULTS[name]
+  game = fault.game(0)
+  moved = solvers.total_variation(fault.wrong(game), fault.right(game))
+  assert (moved > 0.01) == fault.harmful
+
+
+def test_an_untrained_end_leaves_the_references_second_token():
+  # First tokens ½, ½, 0...: with rewards 0 all stays; a reward on one second token moves its first
+  # token by the mean over seconds alone, exp(r · μ(second|first)/τ).
+  game = sampling_bias.by_rewards(0)
+  law = sampling_bias.untrained_end_point(game).reshape(3, 3)
+  joint = game.reference.reshape(3, 3)
+  np.testing.assert_allclose(law / law.sum(1, keepdims=True), joint / joint.sum(1, keepdims=True))
+  mean = (joint * game.rewards.reshape(3, 3)).sum(1) / joint.sum(1)
+  ratio = np.log(law.sum(1) / joint.sum(1)) - mean / sampling_bias.TAU
+  np.testing.assert_allclose(ratio, ratio[0])
+
+
+# ---- all of them -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', STUDIES)
+def test_every_study_runs_at_its_quick_size(name, tmp_path, capsys):
+  argv = ['--config.quick=true', '--config.seeds=2', f'--config.workdir={tmp_path}']
+  config = command_line.get_config(argv, STUDIES[name])
+  result = command_line.run(name, parse(config, argv))
+  assert result['verdict'] == 'too few seeds'
+  assert all(math.isfinite(row['measured']) for row in result['figures'].values())
+  assert f'## {name}' in (tmp_path / 'RESULTS.md').read_text()
+  assert STUDIES[name].claim in capsys.readouterr().out
+  if STUDIES[name].plot is not None:
+    assert list((tmp_path / name).glob('*.png'))
