@@ -1,6 +1,7 @@
 """From a config to the parts of a run, cheapest first: what is wrong is said before compiling."""
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -154,19 +155,33 @@ def check_least(config: ConfigDict, least: Mapping[str, int]) -> None:
       raise ValueError(f'{name} must be at least {value}, got {found}')
 
 
-def device_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> sharding.Mesh:
-  """The mesh of `config.mesh`, over `devices` or all that JAX knows.
+def meshes(
+  config: ConfigDict, devices: Sequence[Any] | None = None
+) -> tuple[sharding.Mesh, sharding.Mesh]:
+  """The learner's and the sampler's of `config.mesh`, over `devices` or all that JAX knows.
 
   Raises:
-    ValueError: it does not fit them.
+    ValueError: they do not fit them.
   """
+  available, ahead = list(jax.devices() if devices is None else devices), config.mesh.ahead
+  if not 0 <= ahead < len(available):
+    raise ValueError(
+      f'mesh.ahead must leave the learner one of the {len(available)} devices, got {ahead}'
+    )
+  if ahead and jax.process_count() > 1:
+    raise ValueError('mesh.ahead is for one process')
   sizes = {axis: config.mesh[axis] for axis in sharding.AXES}
-  return sharding.mesh(**sizes, devices=devices)
+  learner = sharding.mesh(**sizes, devices=available[ahead:])
+  if not ahead:
+    return learner, sharding.actor_mesh(learner, config.mesh.actor)
+  own = sharding.mesh(data=1, fsdp=ahead, devices=available[:ahead])
+  kind = 'replicated' if config.mesh.actor == 'same' else config.mesh.actor
+  return learner, sharding.actor_mesh(own, kind)
 
 
-def parts_of_batch(config: ConfigDict, mesh: sharding.Mesh) -> int:
+def parts_of_batch(*meshes: sharding.Mesh) -> int:
   """What a batch must divide over, in the learner and in the rollout."""
-  return max(map(sharding.shards, (mesh, sharding.actor_mesh(mesh, config.mesh.actor))))
+  return math.lcm(*map(sharding.shards, meshes))
 
 
 def read(directory: str | Path, model: LanguageModel) -> Params:
@@ -206,9 +221,8 @@ def parts(config: ConfigDict) -> Parts:
   check_least(config, LEAST)
   chosen = selection.applied(config.selection, objective(config))
   settings, spending = sampling(config), schedule(config)
-  optimiser, mesh = optimizer(config), device_mesh(config)
-  acting = sharding.actor_mesh(mesh, config.mesh.actor)
-  split = parts_of_batch(config, mesh)
+  optimiser, (mesh, acting) = optimizer(config), meshes(config)
+  split = parts_of_batch(mesh, acting)
   check_batch(config, split)
   kept = selection.replayed(config.selection.replay, config.batch)
   targets(config.lora, config.policy.checkpoint)
@@ -237,6 +251,7 @@ def parts(config: ConfigDict) -> Parts:
       responses=config.responses,
       opponents=config.opponents,
       replay=kept,
+      ahead=config.mesh.ahead > 0,
     )
   )
   offline = isinstance(chosen.behaviour, players.Recorded)
@@ -284,7 +299,7 @@ def parts(config: ConfigDict) -> Parts:
     mesh=acting,
     truncates=False,
   )
-  if config.mesh.actor != 'same':
+  if acting != mesh:
     there = sharding.Layout(acting, sharding.rules(acting, **heads))
     sample = actor.placed(sample, there, layout)
 
@@ -314,6 +329,7 @@ def parts(config: ConfigDict) -> Parts:
     base=sharding.place(base, layout),
     value_model=value_model,
     offload=offload,
+    ahead=config.mesh.ahead > 0,
     replay=kept and kept._replace(length=prompts.width(training, tokenizer.prompt, **limits)),
   )
 

@@ -92,11 +92,9 @@ def size(shape: str, *, off_chip: bool = False) -> float:
   for kind, sizes, layout in ARRAY.findall(shape):
     if off_chip and 'S(1)' in layout:
       continue
-    bits = SIZES.get(kind)
-    if bits is None:
-      digits = re.search(r'\d+', kind)
-      bits = int(digits[0]) / 8 if digits else 0
-    total += bits * math.prod(int(n) for n in sizes.split(',') if n)
+    digits = re.search(r'\d+', kind)
+    size_of = SIZES.get(kind, int(digits[0]) / 8 if digits else 0)
+    total += size_of * math.prod(int(n) for n in sizes.split(',') if n)
   return total
 
 

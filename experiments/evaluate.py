@@ -11,7 +11,7 @@ from one pool of reference samples, and what reward is had at what KL.
 The sides are what --config.runs names (of a run its best checkpoint by held-out win rate), the
 reference, best-of-N of the reference where there is a reward to choose by, and with
 --config.data.path the responses of a file. Prompts, judge and sampling are those of the first run
-unless they are given. About two minutes for two runs of the embedded task on two CPU cores.
+unless they are given.
 """
 
 import sys

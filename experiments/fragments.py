@@ -143,6 +143,7 @@ def mesh() -> ConfigDict:
       'fsdp': 1,  # parts of a batch that hold one set of parameters between them
       'tensor': 1,  # devices that divide each product among them
       'actor': 'same',  # in the rollout; or 'replicated', or 'tensor': over fsdp x tensor
+      'ahead': 0,  # devices that only write: round n + 1, while the others learn from round n
     }
   )
 

@@ -117,7 +117,7 @@ def run(config: ConfigDict) -> None:
     available = config.chip_gib * 2**30
 
   def plan(config: ConfigDict, known: planned.Steps) -> tuple[planned.Plan, planned.Steps]:
-    model = shapes.model(config, policy, reward, assemble.device_mesh(config, devices))
+    model = shapes.model(config, policy, reward, assemble.meshes(config, devices)[0])
     return planned.compiled(model, available, assemble.say, known)
 
   assemble.say(f'{target.name}: compiling for {target.devices} devices, mesh {_sizes(config)}')

@@ -74,6 +74,8 @@ def model(
   chosen = selection.applied(config.selection, assemble.objective(config))
   if config.mesh.actor != 'same':
     raise ValueError(f"a plan covers mesh.actor 'same' alone, got {config.mesh.actor!r}")
+  if config.mesh.ahead:
+    raise ValueError(f'a plan covers mesh.ahead 0 alone, got {config.mesh.ahead}')
   if config.selection.replay or config.memory.offload_reference:
     raise ValueError('a plan covers neither selection.replay nor memory.offload_reference')
   if (longest := config.prompt_tokens + chosen.turns * config.sampling.max_tokens) > policy.context:

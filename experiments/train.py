@@ -109,7 +109,14 @@ def _run(config: ConfigDict) -> None:
 
   try:
     with survival.stopping() as asked_to_stop:
-      state = loop.run(setup, state, rounds=config.rounds, prompts=parts.stream, after=after)
+      state = loop.run(
+        setup,
+        state,
+        rounds=config.rounds,
+        prompts=parts.stream,
+        after=after,
+        drained=lambda round_: (round_ + 1) % config.checkpoint.every == 0,
+      )
       saver.wait()
   except BaseException:
     with contextlib.suppress(OSError):  # what was saved before is worth its last bytes
@@ -152,8 +159,8 @@ def _gaps(
   config: ConfigDict, parts: assemble.Parts, state: loop.RunState, found: HeldOut
 ) -> tuple[dict[str, Any], str]:
   """Duality gaps on the first held-out prompts, and the sentence that says what they are."""
-  batch, mesh = parts.heldout[0], assemble.device_mesh(config)
-  split = assemble.parts_of_batch(config, mesh)
+  batch, (mesh, acting) = parts.heldout[0], assemble.meshes(config)
+  split = assemble.parts_of_batch(mesh, acting)
   count = max(split, min(config.evaluate.gap_prompts, batch.tokens.shape[0]) // split * split)
   first = jax.tree.map(lambda x: x[:count], distributed.fetched(batch._replace(texts=None)))
   few = distributed.globally(first, mesh, count)

@@ -276,12 +276,11 @@ def check_writer(objective: Objective) -> None:
 def corrected(objective: Objective, own: Responses) -> tuple[Responses, Metrics]:
   """Rows of a round ago, weighed as those of whoever writes now.
 
-      w'_k = w_k π(y_k) / π_then(y_k),   ESS = (Σ w')² / (K Σ w'²)
+    w'_k = w_k π(y_k) / π_then(y_k),   ESS = (Σ w')² / (K Σ w'²)
 
-    so that Σ_k w'_k f(y_k) has the mean E_π f whatever f. π is the scored pass, π_then the log-probs
-    that were stored when the rows were drawn. Enumerated rows get exactly the present law. Recorded
+  so that Σ_k w'_k f(y_k) has the mean E_π f whatever f. π is the scored pass, π_then the log-probs
   that were stored when the rows were drawn. Enumerated rows get exactly the present law. Recorded
-    ones, and those of an anchor that never moves, do not age.
+  ones, and those of an anchor that never moves, do not age.
   """
   written, weights = set(players.members(objective.behaviour)), own.weights
   for name in written - set(_frozen(objective)):

@@ -77,7 +77,7 @@ def nash_averaging(wins: Matrix) -> Law:
   sides = len(game)
   winners = (game + np.eye(sides) > 0).all(1)
   if winners.any():  # it beats everyone else: no need to search
-    return winners.astype(np.float64)
+    return np.asarray(winners, np.float64)
   polytope = {'A_ub': game, 'b_ub': np.full(sides, 1e-9), 'A_eq': np.ones((1, sides)), 'b_eq': [1]}
   most = [optimize.linprog(-unit, **polytope).x for unit in np.eye(sides)]
   centre = np.mean(most, axis=0)

@@ -220,7 +220,7 @@ config = plan.get_config([])
 config.update({'batch': 8, 'responses': 2, 'prompt_tokens': 4})
 config.sampling.max_tokens = 4
 config.mesh.update({'data': 2, 'fsdp': 2, 'tensor': 2})
-mesh = assemble.device_mesh(config)
+mesh = assemble.meshes(config)[0]
 model = shapes.model(config, plan.described(None), None, mesh)
 found, _ = planned.compiled(model, None, assemble.say, {})
 
