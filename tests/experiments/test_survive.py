@@ -229,6 +229,7 @@ def test_killed_at_random_it_ends_as_if_nothing_had_happened(
   given = {'policy.checkpoint': toy.checkpoint, 'prompts.path': toy.prompts, 'batch': 4}
   given |= {'judge.function': f'{toy.judges}:prefer', 'selection.replay': 0.5}
   given |= {'sampling.max_tokens': 6, 'evaluate.prompts': 2, 'objective.rounds_per_iteration': 2}
+  given |= {'objective.name': 'dno_prct', 'objective.margin': 0.0}
   done = command(
     'kill',
     f'--config.workdir={tmp_path / "kill"}',
