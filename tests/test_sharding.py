@@ -456,4 +456,4 @@ def test_fsdp_gathers_each_parameter_and_never_the_batch(on_eight):
 
 
 if __name__ == '__main__':
-  on_devices(sys.argv[1:])
+  on_devices(list(SETTINGS) if sys.argv[1:] == ['all'] else sys.argv[1:])
