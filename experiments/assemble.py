@@ -191,7 +191,7 @@ def read(directory: str | Path, model: LanguageModel) -> Params:
     ValueError: see `huggingface.read_model`.
   """
   assert model.layout is not None
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
   places = flatten_dict(sharding.specs(shapes, *model.layout), sep='/')
   return huggingface.read_model(directory, sharding=places.__getitem__)[1]
 

@@ -1,5 +1,6 @@
 """What reward models and preference models share: a score on a trunk, learnt from encoded pairs."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -39,7 +40,9 @@ def learn(
   `config.init` says. `text` keeps the trunk's head while it learns.
   """
   steps = supervision.steps(config, len(training))
-  model = architecture.model(config, source.config)
+  # Without a head of its own a trunk has no use for one, tied or not.
+  described = source.config if text.weight else dataclasses.replace(source.config, tied=True)
+  model = architecture.model(config, described)
 
   def placed(pairs: Sequence[reward_learning.Encoded]) -> reward_learning.Compared:
     batch = reward_learning.padded(pairs, config.batch, longest=source.longest)

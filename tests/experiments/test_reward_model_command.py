@@ -1,5 +1,6 @@
 """`python -m experiments.reward_model` as a user runs it."""
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file
 
 from rlhf_jax import metrics, sequences, tokens
 from rlhf_jax.judges import reward_model
-from rlhf_jax.models import huggingface
+from rlhf_jax.models import decoder, huggingface
 from rlhf_jax.types import Prompts, Responses
 
 SHARED = Path(__file__).resolve().parents[2] / '..' / 'shared'
@@ -84,6 +85,20 @@ def rewards(directory, prompts, texts):
   return judge.rewards(
     Prompts(asked, asked > 0, np.arange(len(prompts)), tuple(prompts)), responses
   )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['reward_model', 'preference_model'])
+def test_a_checkpoint_with_a_head_of_its_own(name, command, flags, toy, tmp_path):
+  config = dataclasses.replace(huggingface.read_config(toy.checkpoint)[1], tied=False)
+  params = decoder.decoder(config).init(jax.random.key(0))
+  huggingface.write_model(tmp_path / 'untied', config, params, toy.checkpoint)
+  given = flags(tmp_path / 'out', f'--config.policy.checkpoint={tmp_path / "untied"}')
+  if name == 'preference_model':
+    given = [flag for flag in given if 'reference' not in flag]
+  done = command(name, *given, '--config.steps=2')
+  assert done.code == 0, done.err
+  assert json.loads(done.out.splitlines()[-1])['pairs'] == 18
 
 
 @pytest.mark.slow
