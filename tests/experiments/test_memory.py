@@ -7,6 +7,7 @@ from experiments import memory
 LENGTH, WIDTH = 32, 16
 
 
+@pytest.mark.slow
 def test_the_step_grows_with_the_table_alone():
   # From 2¹⁶ to 2¹⁷ tokens the logits of all 16 · 32 states grow by 128 MiB, the table by 4 MiB.
   # What grows may be gradients, a few arrays of the table's size.

@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -34,6 +35,7 @@ def insert(path: Path, dictionary: str, block: str) -> None:
   path.write_text(text.replace(last, last + ''.join(f'{line}\n' for line in imports)))
 
 
+@pytest.mark.slow
 def test_a_newcomers_algorithm_reaches_its_answer(tmp_path):
   for package in ('rlhf_jax', 'experiments'):
     ignore = shutil.ignore_patterns('__pycache__')

@@ -104,6 +104,7 @@ def assert_bought_once(whole, *servers):
   assert answered.keys() == whole[1].answered.keys()
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_ends_the_run_and_the_next_one_goes_on(toy, command, whole, tmp_path):
   workdir, left = tmp_path / 'run', in_the_middle(whole)
 

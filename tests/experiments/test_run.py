@@ -80,7 +80,9 @@ def whole(toy, tmp_path_factory) -> Callable[[str], Path]:
   return made
 
 
-@pytest.mark.parametrize('name', CARRIERS)
+@pytest.mark.parametrize(
+  'name', [CARRIERS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in CARRIERS[1:])]
+)
 def test_a_broken_run_goes_on_to_the_same_bits(toy, command, whole, tmp_path, monkeypatch, name):
   never_stopped, broken = whole(name), tmp_path / 'broken'
 
@@ -156,6 +158,7 @@ def test_a_seed_is_a_run(toy, command, whole, tmp_path):
   assert_same_run(toy, 'ppo', whole('ppo'), tmp_path / 'again')
 
 
+@pytest.mark.slow
 def test_another_seed_draws_other_responses(toy, command, tmp_path):
   (tmp_path / 'one.jsonl').write_text('{"prompt": "the cat likes"}\n')
   first = []
@@ -212,6 +215,7 @@ def test_another_config_is_refused_by_its_key(toy, command, finished, flag, said
   assert done.code == 1 and "objective.name 'nash_md' there and 'ppo' here" in done.error
 
 
+@pytest.mark.slow
 def test_rounds_may_be_added(toy, command, finished, tmp_path):
   workdir = tmp_path / 'longer'
   shutil.copytree(finished, workdir)
@@ -225,6 +229,7 @@ def test_rounds_may_be_added(toy, command, finished, tmp_path):
   assert 'round 4/4' in done.err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_an_extension_that_broke_off_is_not_taken_for_finished(
   toy, command, finished, tmp_path, monkeypatch
 ):
@@ -244,6 +249,7 @@ def test_an_extension_that_broke_off_is_not_taken_for_finished(
   assert 'Rounds 0 to 3' in (workdir / 'report.md').read_text()
 
 
+@pytest.mark.slow
 def test_a_resume_under_other_versions_says_so(toy, command, finished, tmp_path):
   workdir = tmp_path / 'older'
   shutil.copytree(finished, workdir)
@@ -266,6 +272,7 @@ def test_a_damaged_checkpoint_does_not_pass_for_a_run(toy, command, finished, tm
 # --- figures elsewhere ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tensorboard_receives_the_same_figures(toy, command, tmp_path):
   pytest.importorskip('tensorboardX', reason='the tensorboard extra is not installed')
   from tensorboardX.proto import event_pb2

@@ -16,6 +16,7 @@ def figures(toy, command, tmp_path, name, *flags, judge='prefer'):
   return read_rows(workdir / 'metrics.jsonl')
 
 
+@pytest.mark.slow
 def test_chosen_prompts_and_replay_train(toy, command, tmp_path):
   rows = figures(
     toy,
@@ -31,6 +32,7 @@ def test_chosen_prompts_and_replay_train(toy, command, tmp_path):
   assert all(0 < row['selected/kept_prompts'] < 1 for row in rows)
 
 
+@pytest.mark.slow
 def test_chosen_pairs_train(toy, command, tmp_path):
   rows = figures(toy, command, tmp_path, 'inpo', *INPO, '--config.selection.pairs=best_worst')
   assert all(row['best_worst/kept_pairs'] <= 1 for row in rows)

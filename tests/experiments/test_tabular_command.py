@@ -40,7 +40,9 @@ def play(command, tmp_path):
   ('name', 'game', 'flags'),
   [
     ('nash_md', WINS, ('--config.objective.kl_weight=0.3', '--config.tokens=2')),
-    ('inpo', WINS, ('--config.objective.rounds_per_iteration=10',)),
+    pytest.param(
+      'inpo', WINS, ('--config.objective.rounds_per_iteration=10',), marks=pytest.mark.slow
+    ),
     ('dno', WINS, ('--config.objective.rounds_per_iteration=200',)),
     ('ppo', REWARDS, ('--config.objective.whiten=false', '--config.objective.kl_weight=0.3')),
     ('vbon', REWARDS, ('--config.objective.best_of=3',)),
