@@ -3,10 +3,11 @@
 Any failure is one line, the last of standard error, and a non-zero exit.
 """
 
+import contextlib
 import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from absl import flags
@@ -50,8 +51,8 @@ def launch(document: str, get_config: Callable[[list[str]], ConfigDict], run: Ca
         print(f'  --config.{key}={"  (not set)" if value is None else value}')
       return
     config = parse(get_config(argv), argv)
-    keep_compiled(config)
-    run(config)
+    with kept_compiled(config):
+      run(config)
   except KeyboardInterrupt:
     sys.exit('interrupted')
   except Exception as error:  # the contract: one clear line, whatever went wrong
@@ -62,17 +63,29 @@ def launch(document: str, get_config: Callable[[list[str]], ConfigDict], run: Ca
     sys.exit(f'error: {line}  (RLHF_JAX_TRACEBACK=1 shows where)')
 
 
-def keep_compiled(config: ConfigDict) -> None:
+@contextlib.contextmanager
+def kept_compiled(config: ConfigDict) -> Iterator[None]:
   """Compiled functions stay beside the work directory, for the next start.
 
-  Nothing is changed where JAX was told already ($JAX_COMPILATION_CACHE_DIR, also when empty).
+  Nothing is changed where JAX was told already ($JAX_COMPILATION_CACHE_DIR, also when empty), and
+  nothing is left where nothing was compiled.
   """
   import jax  # after the flags: their errors wait for nothing
 
   folder = config.get('workdir') or config.get('output')
   told = jax.config.values['jax_compilation_cache_dir'] is not None
-  if folder and not told and 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-    jax.config.update('jax_compilation_cache_dir', str(Path(folder).parent / '.jax_cache'))
+  if not folder or told or 'JAX_COMPILATION_CACHE_DIR' in os.environ:
+    yield
+    return
+  cache = Path(folder).parent / '.jax_cache'
+  absent = [path for path in [cache, *cache.parents] if not path.exists()]
+  jax.config.update('jax_compilation_cache_dir', str(cache))
+  try:
+    yield
+  finally:
+    for path in absent:
+      with contextlib.suppress(OSError):  # it holds something now
+        path.rmdir()
 
 
 def _leaves(config: ConfigDict, prefix: str = ''):

@@ -136,7 +136,7 @@ def test_compiled_functions_stay_beside_the_work_directory(config, before, after
   cache = jax.config.jax_compilation_cache_dir
   try:
     jax.config.update('jax_compilation_cache_dir', before)
-    launch.keep_compiled(ConfigDict(config))
-    assert jax.config.jax_compilation_cache_dir == after
+    with launch.kept_compiled(ConfigDict(config)):
+      assert jax.config.jax_compilation_cache_dir == after
   finally:
     jax.config.update('jax_compilation_cache_dir', cache)
