@@ -185,7 +185,7 @@ def test_activations_are_parted_next():
   assert change == {'learner.microbatches': 4}
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_the_suggestion_fits_when_it_is_planned(command, tmp_path):
   """On one device, of a memory between what one and what four microbatches of ppo take."""
   flags = [
@@ -259,7 +259,7 @@ print(json.dumps({
 """
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_a_real_run_on_eight_devices_needs_what_was_planned(tmp_path):
   """Sharded three ways: bytes on the first device, and each step's arguments and temporaries."""
   script = tmp_path / 'real.py'
@@ -279,7 +279,7 @@ def test_a_real_run_on_eight_devices_needs_what_was_planned(tmp_path):
     assert sizes == pytest.approx(found['needed'][name], rel=0.02), name
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 @pytest.mark.skipif(not targets.has_compiler(), reason='libtpu is not installed (extra `plan`)')
 def test_a_tpu_compiler_says_what_fits(command):
   found = command('plan', '--config.target=tpu-v5e-4', '--config.batch=8', '--config.responses=2')

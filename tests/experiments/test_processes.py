@@ -100,7 +100,7 @@ def assert_same(one, other):
   jax.tree.map(np.testing.assert_array_equal, one[2], other[2])
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 @pytest.mark.parametrize(
   ('processes', 'mesh'),
   [

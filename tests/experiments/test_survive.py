@@ -188,7 +188,7 @@ except OSError as error:
   assert found.round == 1 and resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 1_000_000
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_eight_devices_then_one_then_eight(toy, tmp_path, interpreter):
   whole, moved = tmp_path / 'one', tmp_path / 'moved'
   changes = {'batch': 8, 'evaluate.prompts': toy.prompts, 'evaluate.gap_prompts': 0}
