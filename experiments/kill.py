@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from experiments import assemble
-from experiments.launch import keep_compiled, launch, parse
+from experiments.launch import kept_compiled, launch, parse
 from rlhf_jax import checkpoints, loop, metrics
 
 PHASES = ('rollout', 'judging', 'update', 'checkpoint write')
@@ -162,10 +162,10 @@ def final_state(name: str, workdir: Path, flags: list[str]) -> loop.RunState:
   """The newest checkpoint of a run of `flags`."""
   argv = [f'--config.workdir={workdir}', *flags]
   config = parse(import_module(f'experiments.{name}').get_config(argv), argv)
-  keep_compiled(config)
-  parts = assemble.parts(config)
-  key = jax.random.key(config.seed)
-  state = loop.start(parts.setup, key, parts.policy, parts.reference, parts.value)
+  with kept_compiled(config):
+    parts = assemble.parts(config)
+    key = jax.random.key(config.seed)
+    state = loop.start(parts.setup, key, parts.policy, parts.reference, parts.value)
   return checkpoints.restore(workdir / 'checkpoints', checkpoints.shapes(state)).state
 
 

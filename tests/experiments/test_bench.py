@@ -1,0 +1,45 @@
+"""`python -m experiments.bench`: what it refuses, and a run on a model that costs nothing."""
+
+import json
+import re
+
+import pytest
+
+
+@pytest.mark.parametrize(
+  ('flag', 'said'),
+  [
+    ('--config.objectives=ppo,pqo', "objectives must be of .* got 'pqo'"),
+    ('--config.size=huge', r"size must be one of \['large', 'small', 'tiny'\], got 'huge'"),
+    ('--config.repeats=6', 'repeats must be at least 7, got 6'),
+    ('--config.sequences=0', 'sequences must be at least 1, got 0'),
+    ('--config.dtype=int8', "dtype must be float32 or bfloat16, got 'int8'"),
+  ],
+)
+def test_a_wrong_flag_is_one_line(command, tmp_path, flag, said):
+  done = command('bench', flag, f'--config.output={tmp_path / "out"}')
+  assert done.code == 1 and not (tmp_path / 'out').exists()
+  assert re.search(said, done.error)
+
+
+@pytest.mark.slow
+def test_a_round_and_its_parts_are_timed(command, tmp_path):
+  flags = '--config.size=tiny', '--config.objectives=nash_md,dpo', '--config.sequences=4'
+  done = command('bench', *flags, f'--config.output={tmp_path}')
+  assert done.code == 0, done.err
+  record = json.loads((tmp_path / 'bench.json').read_text())
+  nash_md, dpo = record['objectives']
+  assert (nash_md['prompts'], nash_md['responses']) == (4, 1)
+  assert (dpo['prompts'], dpo['responses']) == (2, 2)
+  assert len(nash_md['rounds']) == 7 and nash_md['round'] == sorted(nash_md['rounds'])[3]
+  parts = nash_md['parts']
+  # Rows and columns are sampled: 4 of either, 4 tokens each. Nothing compiles in a later round.
+  assert nash_md['tokens'] == 32 and parts['sample']['calls'] == 2
+  assert parts['update']['compiled'] == parts['score']['compiled'] == 1
+  assert nash_md['logp_gap'] < 1e-5
+  # Three forwards' worth: 8,192 weights of layers for 28 tokens, 1,024 of the head for 16; scores
+  # of attention add some percent.
+  products = 3 * 2 * (8_192 * 28 + 1_024 * 16)
+  assert 1 < parts['update']['flops'] / products < 1.15
+  assert 'sample' not in dpo['parts'] and 'decode_tokens_per_second' not in dpo
+  assert (tmp_path / 'bench.md').read_text() in done.out
