@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 TRAINING = ('ppo', 'nash_md', 'inpo', 'dno', 'vbon')
 ALL = (*TRAINING, 'tabular', 'generate', 'prepare', 'score', 'export')
-ALL += ('plan', 'sft', 'reward_model', 'preference_model', 'evaluate', 'watch')
+ALL += ('plan', 'sft', 'reward_model', 'preference_model', 'evaluate', 'watch', 'bench')
 START = 'python3 -m venv .venv && .venv/bin/pip install -q -e '
 
 
