@@ -676,6 +676,7 @@ def on_devices():
   )
 
 
+@pytest.mark.slow
 def test_eight_devices_draw_the_same_and_say_nothing_to_each_other():
   found = eight_devices(__file__)
   assert found['devices'] == found['spread'] == 8

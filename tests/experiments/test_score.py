@@ -60,6 +60,7 @@ ROWS = (
 )
 
 
+@pytest.mark.slow
 def test_a_row_for_each_row_in_order(toy, scored):
   done, found = scored(toy.checkpoint, ROWS, '--config.batch=2')
   assert done.code == 0, done.err

@@ -71,6 +71,7 @@ def test_every_way_gives_the_same_states_and_gradients(name, remat, scan):
   assert all(np.abs(x - queries[0]).max() > 1e-3 for x in queries[1:])
 
 
+@pytest.mark.slow
 def test_adapters_are_looped_over_too():
   config = CONFIGS['plain']
   params, tokens, attended = problem(config)

@@ -161,6 +161,7 @@ def test_a_separator_that_is_none_is_refused(tmp_path, ids):
     preference.read_preference_model(tmp_path / 'pm')
 
 
+@pytest.mark.slow
 def test_it_learns_a_cycle_that_no_reward_can_say():
   # Responses of tokens 2, 3, 4 beat each other in a circle at 9 to 1. A reward puts them in some
   # order and is wrong about one pair of three; here all three are learnt, to their strength.
