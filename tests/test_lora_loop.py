@@ -154,6 +154,7 @@ def test_the_reference_is_the_base_and_not_the_policy_after_one_step():
   assert_same(setup.base.params, PARAMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['ppo', 'inpo'])
 def test_adapters_alone_move_and_are_held(name):
   setup, _, policy, reference = built(name)
@@ -324,6 +325,7 @@ WINS = np.array([[0.5, 0.9, 0.1], [0.1, 0.5, 0.9], [0.9, 0.1, 0.5]])
 REFERENCE = np.array([0.6, 0.3, 0.1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('name', 'changes', 'answer'),
   [

@@ -82,6 +82,7 @@ def test_the_target_follows_the_flags(play):
   np.testing.assert_allclose(row['target'], answer, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_list_of_games_gives_lists_in_its_order(play):
   row = play([WINS, PAIR], '--config.objective.kl_weight=0.3', *EXACT)
   assert [len(law) for law in row['policy']] == [3, 2] == [len(law) for law in row['target']]
@@ -92,6 +93,7 @@ def test_a_list_of_games_gives_lists_in_its_order(play):
   assert len(alone['policy']) == 1 and len(alone['policy'][0]) == 3  # a list of one is a list
 
 
+@pytest.mark.slow
 def test_the_sampled_pipeline_moves_towards_the_answer(play, tmp_path):
   row = play(
     PAIR,
@@ -109,6 +111,7 @@ def test_the_sampled_pipeline_moves_towards_the_answer(play, tmp_path):
   assert all(row['rollout/length'] == 1 and row['rollout/unfinished'] == 1 for row in rows)
 
 
+@pytest.mark.slow
 def test_two_tokens_an_action_are_sampled_too(play, tmp_path):
   workdir = f'--config.workdir={tmp_path}/run'
   row = play(PAIR, *SAMPLED, '--config.tokens=2', '--config.rounds=3', workdir)
@@ -126,6 +129,7 @@ def test_without_a_file_or_a_name_there_is_one(command, flags, name, actions):
   assert row['objective'] == name and len(row['policy']) == actions
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_draws(play):
   flags = [*SAMPLED, '--config.rounds=3']
   first, again = (play(PAIR, *flags)['policy'] for _ in range(2))
