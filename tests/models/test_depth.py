@@ -60,7 +60,10 @@ def assert_near(found, expected, size):
 
 
 @pytest.mark.parametrize(('remat', 'scan'), WAYS[1:])
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize(
+  'name',
+  [name if name == 'windows' else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS],
+)
 def test_every_way_gives_the_same_states_and_gradients(name, remat, scan):
   hidden, slopes = run(CONFIGS[name], remat, scan)
   expected, same = plain(name)

@@ -76,7 +76,14 @@ ROWS = {
   'srpo': ('srpo', {'kl_weight': 0.3, 'robustness': 0.4}),
   'spin': ('spin', {'kl_weight': 1.5, 'rounds_per_iteration': 3}),
 }
-every_row = pytest.mark.parametrize('row', ROWS)
+# One of each kind of targets and loss; CI goes through them all.
+KINDS = {
+  *('ppo', 'nash_md', 'inpo', 'inpo, tournament', 'dno_prct', 'vbon', 'egpo', 'grpo', 'bond'),
+  *('dpo', 'kto', 'xpo', 'srpo'),
+}
+every_row = pytest.mark.parametrize(
+  'row', [row if row in KINDS else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
+)
 
 SGD = optax.sgd(1.0)
 B, K, M, P, T = 3, 4, 5, 2, 3

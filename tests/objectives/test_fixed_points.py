@@ -339,6 +339,7 @@ TRAINED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('quickly_compiled')
 @pytest.mark.parametrize('case', TRAINED, ids=lambda case: '-'.join([case.name, *case.settings]))
 def test_a_flipped_loss_flees_the_answer(case):
