@@ -111,7 +111,10 @@ def assert_same(first, second):
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(('name', 'players'), [('ppo', 1), ('nash_md', 2), ('inpo', 1)])
+@pytest.mark.parametrize(
+  ('name', 'players'),
+  [pytest.param('ppo', 1, marks=pytest.mark.slow), ('nash_md', 2), ('inpo', 1)],
+)
 def test_each_function_compiles_once_for_each_length_bucket(name, players, monkeypatch):
   # Two buckets, prompts of 1 and 3 tokens. The sampler has one compilation a player; anchors know
   # no lengths. State that is placed nowhere would compile all of it again in round 2. Other tests

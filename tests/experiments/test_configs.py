@@ -32,13 +32,13 @@ CASES = [  # experiment, judge, has an opponent, flags
   ('ppo', 'score', False, ()),
   ('nash_md', 'prefer', True, ()),
   ('inpo', 'prefer', True, ITERATION),
-  ('dno', 'score', True, ()),
-  ('dno', 'prefer', True, ('--config.objective.name=dno_prct', '--config.objective.margin=0.0')),
   ('vbon', 'score', True, ()),
-  ('vbon', 'score', True, ('--config.objective.form=bound',)),
   *(
     pytest.param(name, judge, True, flags, marks=pytest.mark.slow)
     for name, judge, flags in (
+      ('dno', 'score', ()),
+      ('dno', 'prefer', ('--config.objective.name=dno_prct', '--config.objective.margin=0.0')),
+      ('vbon', 'score', ('--config.objective.form=bound',)),
       ('online_dpo', 'prefer', ()),
       ('online_ipo', 'prefer', ()),
       ('ipo_md', 'score', ()),
