@@ -14,7 +14,6 @@ reference, best-of-N of the reference where there is a reward to choose by, and 
 unless they are given.
 """
 
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +30,7 @@ from experiments import (
   judging,
   sides,
 )
-from experiments.launch import launch
+from experiments.launch import command, launch
 from experiments.sides import REFERENCE, Place, Side
 from rlhf_jax import actor, metrics, prompts
 from rlhf_jax.judges import programmatic, texts
@@ -176,7 +175,7 @@ def run(config: ConfigDict) -> None:
   found['config'] = metrics.redacted({**config.to_dict(), 'judge': asked.judge.to_dict()})
   found['manifest'] = metrics.manifest(
     seeds={'evaluation': config.seed},
-    command=['python', '-m', 'experiments.evaluate', *sys.argv[1:]],
+    command=command('evaluate'),
   )
   page = evaluate_report.write(Path(config.output), found)
   print(evaluate_report.summary(found))

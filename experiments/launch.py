@@ -7,8 +7,9 @@ import contextlib
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -27,7 +28,7 @@ def parse(config: ConfigDict, argv: list[str]) -> ConfigDict:
     ValueError: a key that the config lacks, with the nearest it has.
     flags.Error: a value of another type.
   """
-  known = [f'config.{key}' for key, _ in sorted(_leaves(config))]
+  known = [f'config.{key}' for key, _ in sorted(leaves(config))]
   for argument in argv:
     name = argument.split('=')[0].removeprefix('--')
     if not argument.startswith('--'):
@@ -47,7 +48,7 @@ def launch(document: str, get_config: Callable[[list[str]], ConfigDict], run: Ca
   try:
     if '--help' in argv or '-h' in argv:
       print(f'{document.strip()}\n\nFlags, with their defaults:')
-      for key, value in sorted(_leaves(get_config(argv))):
+      for key, value in sorted(leaves(get_config(argv))):
         print(f'  --config.{key}={"  (not set)" if value is None else value}')
       return
     config = parse(get_config(argv), argv)
@@ -88,9 +89,15 @@ def kept_compiled(config: ConfigDict) -> Iterator[None]:
         path.rmdir()
 
 
-def _leaves(config: ConfigDict, prefix: str = ''):
+def command(name: str) -> list[str]:
+  """The command line of an experiment, to write down."""
+  return ['python', '-m', f'experiments.{name}', *sys.argv[1:]]
+
+
+def leaves(config: ConfigDict | Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+  """(dotted key, value) of everything that is no group."""
   for key, value in config.items():
-    if isinstance(value, ConfigDict):
-      yield from _leaves(value, f'{prefix}{key}.')
+    if isinstance(value, ConfigDict | Mapping):
+      yield from leaves(value, f'{prefix}{key}.')
     else:
       yield f'{prefix}{key}', value

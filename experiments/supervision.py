@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from experiments import architecture, assemble, fragments, policies
+from experiments.launch import command, leaves
 from rlhf_jax import metrics, optimizers, preferences, sharding, supervised, survival, tokens
 from rlhf_jax.evaluation import report
 from rlhf_jax.models import depth
@@ -174,7 +175,9 @@ def finished(config: ConfigDict) -> dict[str, Any] | None:
     ):
       raise ValueError(f'{output} exists already and is no run of this kind; name a new directory')
     return None
-  before, now = _flat(json.loads((output / RUN).read_text())), _flat(config.to_dict())
+  before, now = (
+    dict(leaves(tree)) for tree in (json.loads((output / RUN).read_text()), config.to_dict())
+  )
   other = [k for k in {**before, **now} if k != 'output' and before.get(k) != now.get(k)]
   if other:
     found = ', '.join(f'{k} {before.get(k)!r} there and {now.get(k)!r} here' for k in sorted(other))
@@ -227,16 +230,3 @@ def finish(
   survival.replace(output / RESULT, json.dumps(result) + '\n')
   print(f'{output}: {name}, report {page}', file=sys.stderr)
   print(json.dumps(result))
-
-
-def command(name: str) -> list[str]:
-  """The command line, to write down."""
-  return ['python', '-m', f'experiments.{name}', *sys.argv[1:]]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  flat: dict[str, Any] = {}
-  for key, value in tree.items():
-    name = f'{prefix}{key}'
-    flat |= _flat(value, f'{name}.') if isinstance(value, Mapping) else {name: value}
-  return flat

@@ -12,6 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from experiments import assemble, judging
+from experiments.launch import command, leaves
 from rlhf_jax import actor, checkpoints, distributed, loop, metrics, survival
 from rlhf_jax.evaluation import held_out, report
 from rlhf_jax.evaluation.held_out import HeldOut
@@ -142,7 +143,7 @@ def _run(config: ConfigDict) -> None:
     summary,
     objective=config.objective.name,
     seed=config.seed,
-    command=_command(),
+    command=command(Path(sys.argv[0]).stem),
     notes=notes,
   )
   print(report.summary_table(summary))
@@ -216,7 +217,10 @@ def _refuse_other_run(workdir: Path, config: ConfigDict) -> None:
   path = workdir / 'config.json'
   if not path.exists():
     return
-  before, now = _flat(json.loads(path.read_text())), _flat(metrics.redacted(config.to_dict()))
+  before, now = (
+    dict(leaves(tree))
+    for tree in (json.loads(path.read_text()), metrics.redacted(config.to_dict()))
+  )
   asked = (f'judge.{key}' for key in ASKED)
   layout = ('memory.', 'mesh.', 'distributed.')
   free = ('rounds', 'logging.', 'checkpoint.', 'learner.nonfinite', 'workdir', *layout, *asked)
@@ -230,7 +234,7 @@ def _describe(workdir: Path, config: ConfigDict, *, resumed: bool) -> None:
   """config.json and manifest.json; a resume under other versions or cores warns."""
   if not distributed.first():
     return
-  manifest = metrics.manifest(seeds={'run': config.seed}, command=_command())
+  manifest = metrics.manifest(seeds={'run': config.seed}, command=command(Path(sys.argv[0]).stem))
   if resumed and (workdir / 'manifest.json').exists():
     before = json.loads((workdir / 'manifest.json').read_text())
     for change in metrics.changed_since(before, manifest):
@@ -244,16 +248,3 @@ def _print(line: str) -> None:
   """On standard output, by one process."""
   if distributed.first():
     print(line)
-
-
-def _command() -> list[str]:
-  module = Path(sys.argv[0]).stem
-  return ['python', '-m', f'experiments.{module}', *sys.argv[1:]]
-
-
-def _flat(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  flat: dict[str, Any] = {}
-  for key, value in tree.items():
-    name = f'{prefix}{key}'
-    flat |= _flat(value, f'{name}.') if isinstance(value, dict) else {name: value}
-  return flat

@@ -30,7 +30,7 @@ def blocks() -> list[str]:
 def keys(name: str, *argv: str) -> set[str]:
   """Every flag of an experiment."""
   config = importlib.import_module(f'experiments.{name}').get_config(list(argv))
-  return {f'--config.{key}' for key, _ in launch._leaves(config)}
+  return {f'--config.{key}' for key, _ in launch.leaves(config)}
 
 
 def test_the_two_commands_start_from_nothing():
