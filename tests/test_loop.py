@@ -120,7 +120,8 @@ def test_each_function_compiles_once_for_each_length_bucket(name, players, monke
   # no lengths. State that is placed nowhere would compile all of it again in round 2. Other tests
   # here share these functions, with the first bucket alone.
   setup, compiled, _ = built(name)
-  compiled.statistics.clear_cache()  # of one function, so that all setups share it
+  for shared in (compiled.statistics, compiled.join):  # each of one function: all setups share it
+    shared.clear_cache()
   monkeypatch.setattr(loop, 'functions', lambda _: compiled)
   sizes = []
 
