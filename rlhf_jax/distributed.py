@@ -178,7 +178,7 @@ def _joined(
     )
   shape = told[owners[0], 2 : 1 + told[owners[0], 0]]
   part = np.zeros((len(owners), *shape), jnp.result_type(float))
-  part[owners == jax.process_index()] = found
+  part[owners == jax.process_index()] = found.reshape(-1, *shape)  # none, where it owns none
   every = multihost_utils.process_allgather(part)
   whole = every[owners, np.arange(len(owners))]
   where = sharding.batch_spec(mesh)

@@ -35,7 +35,7 @@ MESHES = {
   'mixed': {'data': 2, 'fsdp': 2, 'tensor': 2},
 }
 EVERYWHERE = ('nash_md',)  # on all meshes; the others on the mixed one
-# `python tests/test_sharding.py all` on eight devices plays every objective, a quarter minute each.
+# `python tests/test_sharding.py all`, on eight devices, plays every objective on every mesh.
 TESTED = (*EVERYWHERE, 'ppo', 'dpo', 'inpo', 'grpo', 'egpo')
 
 
@@ -363,7 +363,7 @@ def watched(sample, seen):
   return run
 
 
-def on_devices(names):
+def on_devices(names, everywhere=EVERYWHERE):
   """Prints a line of JSON each: [objective, mesh, what differs] or [texts, mesh, collectives]."""
   cache = os.environ.get('RLHF_JAX_TEST_CACHE')
   if cache:
@@ -379,7 +379,7 @@ def on_devices(names):
         found = {key: collectives(t) for key, t in texts('nash_md', items(MESHES[mesh])).items()}
         print(json.dumps(['texts', mesh, found]), flush=True)
       continue
-    for mesh in MESHES if name in EVERYWHERE else ('mixed',):
+    for mesh in MESHES if name in everywhere else ('mixed',):
       print(json.dumps([name, mesh, apart(name, items(MESHES[mesh]))]), flush=True)
 
 
@@ -457,4 +457,7 @@ def test_fsdp_gathers_each_parameter_and_never_the_batch(on_eight):
 
 
 if __name__ == '__main__':
-  on_devices(list(SETTINGS) if sys.argv[1:] == ['all'] else sys.argv[1:])
+  if sys.argv[1:] == ['all']:
+    on_devices(list(SETTINGS), everywhere=tuple(SETTINGS))
+  else:
+    on_devices(sys.argv[1:])

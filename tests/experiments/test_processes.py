@@ -184,3 +184,17 @@ def test_a_process_alone_holds_all_rows_and_hears_itself():
   assert distributed.judged_once(judge, mesh) is judge
   tree = distributed.fetched({'a': jax.numpy.arange(3), 'none': None})
   assert isinstance(tree['a'], np.ndarray)
+
+
+def test_a_process_that_judges_no_row_hears_the_others(monkeypatch):
+  # Of two processes the second judges both rows; this is the first.
+  others = iter([np.array([2, 2, 3, 0], np.int32), np.arange(6.0).reshape(2, 3)])
+
+  def gathered(mine):
+    other = next(others)
+    assert mine.shape == other.shape
+    return np.stack([mine, other])
+
+  monkeypatch.setattr(distributed.multihost_utils, 'process_allgather', gathered)
+  heard = distributed._joined(np.zeros(0), None, np.array([1, 1]), sharding.data_mesh(1))
+  np.testing.assert_array_equal(heard, np.arange(6.0).reshape(2, 3))
