@@ -319,7 +319,12 @@ def parts(config: ConfigDict) -> Parts:
   setup = loop.Setup(
     model=model,
     objective=chosen,
-    judging=judges.load(decode, calibrating, lambda one: distributed.judged_once(one, mesh)),
+    judging=judges.load(
+      decode,
+      calibrating,
+      lambda one: distributed.judged_once(one, mesh),
+      sharding.within(mesh),
+    ),
     sample=sample,
     settings=settings,
     optimizer=optimiser,

@@ -45,6 +45,10 @@ class Size(NamedTuple):
   tokens: int  # of a response
   vocab: int = 4096
   asked: int = 32  # tokens of a prompt
+  kv_heads: int | None = None  # None: as many as query heads
+  tied: bool = False
+  remat: str = 'none'
+  microbatches: int = 1  # of the learner
 
   def described(self) -> decoder.DecoderConfig:
     return decoder.DecoderConfig(
@@ -52,16 +56,18 @@ class Size(NamedTuple):
       width=self.width,
       layers=self.layers,
       heads=self.heads,
-      kv_heads=self.heads,
+      kv_heads=self.kv_heads or self.heads,
       head_dim=self.width // self.heads,
       mlp_width=4 * self.width,
       context=self.asked + self.tokens,
+      tied=self.tied,
     )
 
 
 SIZES = {
   'small': Size(256, 4, 8, 64),
   'large': Size(512, 8, 8, 128),
+  'billion': Size(2048, 16, 32, 512, 128_256, 256, 8, tied=True, remat='layer', microbatches=16),
   'tiny': Size(16, 2, 2, 4, 64, 4),
 }
 
@@ -88,10 +94,11 @@ def get_config(argv: list[str]) -> ConfigDict:
   del argv
   config = ConfigDict()
   config.objectives = 'all'  # or names, with commas between
-  config.size = 'small'  # width 256, 4 layers, 64 tokens; 'large': 512, 8, 128; 'tiny' for a test
+  config.size = 'small'  # width 256, 4 layers, 64 tokens; 'large': 512, 8, 128; 'billion': a GPU's
   config.sequences = (
     16  # rows a round; prompts are as many by the responses that an objective needs
   )
+  config.responses = 1  # to a prompt, at least; an objective may need more
   config.repeats = LEAST
   config.dtype = 'float32'  # or 'bfloat16'
   config.quick = False  # nash_md at the small size
@@ -100,18 +107,19 @@ def get_config(argv: list[str]) -> ConfigDict:
   return config
 
 
-def machine(repeats: int) -> Peak:
-  """The best of `repeats` matrix products of 2048³ in float32, and of copies of 256 MiB."""
-  square = jnp.ones((2048, 2048), jnp.float32)
-  long = jnp.ones((64 * 2**20,), jnp.float32)
-  multiply = jax.jit(lambda x: jnp.dot(x, x, precision=jax.lax.Precision.HIGHEST))
+def machine(repeats: int, dtype: str = 'float32', side: int = 2048) -> Peak:
+  """The best of `repeats` matrix products of `side`³, and of copies of 16 `side`² numbers."""
+  square = jnp.ones((side, side), dtype)
+  long = jnp.ones((16 * side**2,), jnp.float32)
+  wide = jax.lax.Precision.HIGHEST if dtype == 'float32' else None
+  multiply = jax.jit(lambda x: jnp.dot(x, x, precision=wide))
   copy = jax.jit(lambda x: x + 1)
 
   def fastest(function: Callable[[Array], Array], given: Array) -> float:
     jax.block_until_ready(function(given))
     return min(timed(function, given) for _ in range(repeats))
 
-  return Peak(2 * 2048**3 / fastest(multiply, square), 2 * long.nbytes / fastest(copy, long))
+  return Peak(2 * side**3 / fastest(multiply, square), 2 * long.nbytes / fastest(copy, long))
 
 
 def timed(function: Callable[..., Any], *given: Any) -> float:
@@ -131,13 +139,20 @@ def odd() -> Judge:
   return Judge('odd', lambda _, own: rewards(own.tokens, own.attended), None)
 
 
-def setup(name: str, size: Size, sequences: int, dtype: str) -> tuple[loop.Setup, Prompts]:
-  """One objective's round: as many prompts as `sequences` rows need, at least one."""
+def setup(
+  name: str, size: Size, sequences: int, dtype: str, responses: int = 1
+) -> tuple[loop.Setup, Prompts]:
+  """One objective's round: as many prompts as `sequences` rows need, at least one.
+
+  A prompt has `responses`, or more where the objective needs them.
+  """
   objective = catalogue.objective_of(name)
-  least = max(2 if objective.opponent is players.SIBLINGS else 1, objective.least_responses)
+  siblings = objective.opponent is players.SIBLINGS
+  least = max(2 if siblings else 1, objective.least_responses, responses)
   batch = max(1, sequences // least)
   described = size.described()
-  model, mesh = decoder.decoder(described, jnp.dtype(dtype)), sharding.data_mesh(1)
+  model = decoder.decoder(described, jnp.dtype(dtype), remat=size.remat)
+  mesh = sharding.data_mesh(1)
   random = np.random.default_rng(0)
   tokens = random.integers(0, size.vocab, (batch, size.asked), np.int32)
   recorded = None
@@ -164,10 +179,10 @@ def setup(name: str, size: Size, sequences: int, dtype: str) -> tuple[loop.Setup
     model=model,
     objective=objective,
     judging=experience.Judging(odd()),
-    sample=actor.sampler(model, max_tokens=size.tokens, end_tokens=(), mesh=mesh),
+    sample=actor.sampler(model, max_tokens=size.tokens, end_tokens=(), mesh=mesh, truncates=False),
     settings=actor.sampling(budget=size.tokens),
     optimizer=optax.adamw(1e-5, eps=1e-5),
-    schedule=learner.Schedule(),
+    schedule=learner.Schedule(microbatches=size.microbatches),
     responses=least,
     opponents=1,
   ), prompts
@@ -201,7 +216,7 @@ def bench(
   name: str, size: Size, config: ConfigDict, peak: Peak, trace: Path | None
 ) -> dict[str, Any]:
   """One objective. Every other round is timed whole, and those between them part by part."""
-  given, prompts = setup(name, size, config.sequences, config.dtype)
+  given, prompts = setup(name, size, config.sequences, config.dtype, config.responses)
   loop.check(given)
   policy = sharding.replicate(given.model.init(jax.random.key(0)), sharding.data_mesh(1))
   state = loop.start(given, jax.random.key(0), policy, policy)
@@ -331,7 +346,7 @@ def run(config: ConfigDict) -> None:
       raise ValueError(f'objectives must be of {sorted(OBJECTIVES)}, got {name!r}')
   if config.size not in SIZES:
     raise ValueError(f'size must be one of {sorted(SIZES)}, got {config.size!r}')
-  for key, least in (('repeats', LEAST), ('sequences', 1)):
+  for key, least in (('repeats', LEAST), ('sequences', 1), ('responses', 1)):
     if config[key] < least:
       raise ValueError(f'{key} must be at least {least}, got {config[key]}')
   if config.dtype not in ('float32', 'bfloat16'):

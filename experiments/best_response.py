@@ -49,20 +49,19 @@ def objective(tau: float) -> Objective:
   )
 
 
-def train(
+def trainer(
   model: LanguageModel,
   sample: Callable[..., Responses],
   judge: Judge,
-  prompts: Callable[[int], Prompts],
-  policy: Params,
-  reference: Params,
-  key: jax.Array,
   settings: Sampling,
   *,
   tau: float,
   config: ConfigDict,
-) -> Params:
-  """The parameters of the response to `policy` after `config.rounds` rounds."""
+) -> Callable[[Params, Params, Callable[[int], Prompts], jax.Array], Params]:
+  """train(policy, reference, prompts, key) -> a response to `policy` after `config.rounds` rounds.
+
+  It compiles once for all policies.
+  """
   setup = loop.Setup(
     model=model,
     objective=objective(tau),
@@ -74,10 +73,17 @@ def train(
     responses=config.responses,
     opponents=config.opponents,
   )
-  state = loop.start(setup, key, policy, reference)
-  state = state._replace(anchors={**state.anchors, RIVAL: policy})
-  state = loop.run(setup, state, rounds=config.rounds, prompts=prompts, after=lambda *_: None)
-  return state.params['policy']
+  compiled = loop.functions(setup)
+
+  def train(
+    policy: Params, reference: Params, prompts: Callable[[int], Prompts], key: jax.Array
+  ) -> Params:
+    state = loop.start(setup, key, policy, reference)
+    state = state._replace(anchors={**state.anchors, RIVAL: policy})
+    given = {'rounds': config.rounds, 'prompts': prompts, 'compiled': compiled}
+    return loop.run(setup, state, after=lambda *_: None, **given).params['policy']
+
+  return train
 
 
 def check(config: ConfigDict, architectures: Sequence[object]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from experiments.sides import REFERENCE, Side
 from rlhf_jax.evaluation import diversity, exploitability, fronts, length_control, tournament
+from rlhf_jax.evaluation.held_out import HeldOut, Pooled
 from rlhf_jax.evaluation.intervals import (
   Interval,
   Mean,
@@ -72,6 +73,7 @@ def compared(
     'prompts': len(matrix),
     'kl_weight': tau,
     'pool': pool.weights.shape[1],
+    'pool_prompts': len(matrix),
     'sides': rows,
     'pairs': [
       {
@@ -81,7 +83,36 @@ def compared(
       for (i, j), values in wins.items()
     ],
     'matrix': matrix.mean(0).tolist(),
-    'best_of': [{key: plain(value) for key, value in one._asdict().items()} for one in curve],
+    'best_of': _plain(curve),
+  }
+
+
+def of_run(
+  held: HeldOut, pooled: Pooled, judge: str, decode: Decode, *, round: int, tau: float, pool: int
+) -> Found:
+  """The same of a run at its end: its policy against the reference.
+
+  Args:
+    pooled: what `pool` further samples of the reference to some of the prompts show.
+    round: of the policy.
+  """
+  batches, ours, theirs = map(list, zip(*held.responses, strict=True))
+  policy = Side('policy', ours, round, held.drift, held.rewards)
+  reference = Side(REFERENCE, theirs, rewards=held.reference_rewards)
+  gaps = {key: plain(value) for key, value in pooled.gaps.items() if key == 'gap'}
+  return {
+    'judge': judge,
+    'prompts': len(held.wins),
+    'kl_weight': tau,
+    'pool': pool,
+    'pool_prompts': pooled.prompts,
+    'sides': [
+      {'name': side.name, 'round': side.round, **_figures(side, batches, decode), **more}
+      for side, more in ((policy, gaps), (reference, {}))
+    ],
+    'pairs': [_pair(policy, reference, held.wins)],
+    'best_of': _plain(pooled.best_of),
+    'best_response': {'rounds': 0},
   }
 
 
@@ -111,6 +142,10 @@ def plain(value: Any) -> Any:
       return float(value) if np.isfinite(value) else None
     case _:
       return value
+
+
+def _plain(curve: Sequence[fronts.BestOf]) -> list[Found]:
+  return [{key: plain(value) for key, value in one._asdict().items()} for one in curve]
 
 
 def _wins(judge: Judge, batches: Batches, one: Side, other: Side) -> np.ndarray:

@@ -134,6 +134,8 @@ def run(config: ConfigDict) -> None:
   served = prompts.source(
     asked.rows, tokenizer.prompt, seed=config.seed, batch=budget.batch, **limits
   )
+  sample = models.sample(base_model)  # that of all, where any best response is trained
+  respond = best_response.trainer(base_model, sample, judge, settings, tau=asked.tau, config=budget)
   for place in asked.places:
     assemble.say(f'{place.name}: {config.responses} responses to {len(asked.rows)} prompts')
     model, params, round_ = models.open(place)
@@ -142,10 +144,8 @@ def run(config: ConfigDict) -> None:
     side = side._replace(drift=sides.measured(measure, params, base, batches, side.responses))
     if budget.rounds:
       assemble.say(f'{place.name}: a best response to it, {budget.rounds} rounds')
-      own, sample = actor.role_key(key, f'best_response/{place.name}'), models.sample(model)
-      climbed = best_response.train(
-        model, sample, judge, served, params, base, own, settings, tau=asked.tau, config=budget
-      )
+      own = actor.role_key(key, f'best_response/{place.name}')
+      climbed = respond(params, base, served, own)
       said = answers(f'response to {place.name}', model, climbed, config.responses)
       moved = sides.measured(measure, climbed, base, batches, said)
       side = side._replace(response=Side('best response', said, drift=moved))

@@ -33,11 +33,16 @@ FIGURES = {  # of one side: what the table calls it
 }
 
 
-def write(folder: Path, found: Found) -> Path:
-  """Writes the three files, each whole or not at all, and returns the page's path."""
+def record(folder: Path, found: Found) -> None:
+  """Writes evaluation.json and evaluation.csv, each whole or not at all."""
   data = json.dumps(found, indent=1, allow_nan=False, ensure_ascii=True)
   survival.replace(folder / 'evaluation.json', data + '\n')
   survival.replace(folder / 'evaluation.csv', table(found))
+
+
+def write(folder: Path, found: Found) -> Path:
+  """Writes both and the page, and returns its path."""
+  record(folder, found)
   path = folder / 'report.html'
   survival.replace(path, html(found))
   return path
@@ -82,58 +87,55 @@ def summary(found: Found) -> str:
 def html(found: Found) -> str:
   """The page."""
   names = [side['name'] for side in found['sides']]
-  sections = [
-    _pairs(found),
-    _tournament(found, names),
-    _sides(found, names),
-    _best_of(found),
-    _front(found),
-    Section('Samples, side by side', samples=[_sample(one) for one in found['samples']]),
-    Section(
-      'Config and manifest',
-      files=[(f'{key}.json', json.dumps(found[key], indent=2)) for key in ('config', 'manifest')],
-    ),
-  ]
+  shown = sections(found)
+  if found['samples']:
+    answered = [_sample(one) for one in found['samples']]
+    shown.append(Section('Samples, side by side', samples=answered))
+  files = [(f'{key}.json', json.dumps(found[key], indent=2)) for key in ('config', 'manifest')]
+  shown.append(Section('Config and manifest', files=files))
   lead = f'{found["prompts"]} prompts, judged by {found["judge"]}.'
-  shown = [one for one in sections if any(one[2:])]
   title = f'{names[0]} and {len(names) - 1} other sides'
   return page.render(title, lead, shown, command=found['manifest']['command'])
 
 
+def sections(found: Found) -> list[Section]:
+  """The figures, as the report of a run shows them too."""
+  names = [side['name'] for side in found['sides']]
+  figures = [_pairs(found)]
+  if len(names) > 2:
+    figures.append(_tournament(found, names))
+  figures.append(_sides(found, names))
+  if found['best_of']:
+    figures.append(_best_of(found))
+  return [*figures, _front(found)]
+
+
 def _pairs(found: Found) -> Section:
+  notes = [
+    'Ties count half. Square brackets are 95% bootstrap intervals in which prompts are redrawn, '
+    'each with the responses of both sides. "At equal length" is σ(θ) of the fit '
+    'logit P(wins) = θ + φ tanh(Δ length / spread).'
+  ]
+  head = ['', 'win rate', 'ties', 'at equal length', 'longer by, tokens']
   rows: Rows = [
     [
       f'{one["side"]} against {one["other"]}',
       _shown(one['win_rate']),
       f'{one["ties"]:.3f}',
       _shown(one['length_controlled']),
-      _shown(one.get('above_reference')),
       f'{one["length_difference"]:+.1f}',
     ]
     for one in found['pairs']
   ]
-  return Section(
-    'Win rates',
-    notes=[
-      'Ties count half. Square brackets are 95% bootstrap intervals in which prompts are redrawn, '
-      'each with the responses of both sides. "At equal length" is σ(θ) of the fit '
-      'logit P(wins) = θ + φ tanh(Δ length / spread). "Above, against the reference" is how much '
-      'more often the first side beats the reference than the second does, paired by prompt.',
-    ],
-    tables=[
-      Table(
-        (
-          '',
-          'win rate',
-          'ties',
-          'at equal length',
-          'above, against the reference',
-          'longer by, tokens',
-        ),
-        rows,
-      )
-    ],
-  )
+  if any('above_reference' in one for one in found['pairs']):
+    notes.append(
+      '"Above, against the reference" is how much more often the first side beats the reference '
+      'than the second does, paired by prompt.'
+    )
+    head.append('above, against the reference')
+    for row, one in zip(rows, found['pairs'], strict=True):
+      row.append(_shown(one.get('above_reference')))
+  return Section('Win rates', notes=notes, tables=[Table(head, rows)])
 
 
 def _tournament(found: Found, names: list[str]) -> Section:
@@ -163,10 +165,13 @@ def _sides(found: Found, names: list[str]) -> Section:
     '± is one standard error over prompts. The KL is exact over the vocabulary at each token; '
     'log π/μ of the samples estimates the same with more noise. Words are what stands between '
     'spaces; self-BLEU is 1 where all responses to a prompt are the same.',
-    f'Duality gaps at KL weight {found["kl_weight"]:g} by the closed form, from {found["pool"]} '
-    'samples of the reference to each prompt and the responses of the policy; fewer samples of the '
-    'reference make it too low.',
   ]
+  if any('gap' in side for side in found['sides']):
+    notes.append(
+      f'Duality gaps at KL weight {found["kl_weight"]:g} by the closed form, from {found["pool"]} '
+      f'samples of the reference to each of {found["pool_prompts"]} prompts and the responses of '
+      'the policy; fewer samples of the reference make it too low.'
+    )
   if found['best_response']['rounds']:
     notes.append(
       'A gap that was reached is what a best response found that was trained from a copy of the '
@@ -195,7 +200,8 @@ def _best_of(found: Found) -> Section:
     'Best of N',
     notes=[
       f'The best of N of the reference by {found["best_of_by"]}, every N from the same '
-      f'{found["pool"]} samples to a prompt, without bias. Bands are 95% intervals over prompts.',
+      f'{found["pool"]} samples to each of {found["pool_prompts"]} prompts, without bias. Bands '
+      'are 95% intervals over prompts.',
     ],
     charts=charts,
   )

@@ -53,8 +53,8 @@ def experiment(name: str, *, judge: str, **objective) -> ConfigDict:
   config.evaluate.every = 20  # rounds; also the first and the last
   config.evaluate.prompts = '128'  # held-out prompts: so many split off by hash, or a JSONL file
   config.evaluate.responses = 4  # of each side to every held-out prompt
-  config.evaluate.gap_prompts = 16  # held-out prompts of the duality gap at the end; 0 for none
-  config.evaluate.gap_samples = 64  # reference samples per prompt behind it
+  config.evaluate.gap_prompts = 16  # of duality gaps and best-of-N at the end; 0 for neither
+  config.evaluate.gap_samples = 64  # reference samples to each of them
   config.checkpoint = ConfigDict({'every': 20, 'keep': 2})  # rounds, checkpoints
   config.logging = ConfigDict({'tensorboard': False, 'wandb': False, 'samples': 8})
   return config
@@ -93,6 +93,7 @@ def combination() -> ConfigDict:
   """Several judges (functions or directories with commas between them) and what becomes of them."""
   return ConfigDict(
     {
+      'dtype': 'float32',  # that a reward model is kept and computes in; or 'bfloat16'
       'beside': placeholder(str),  # further functions and directories, beside the judge
       'combine': placeholder(str),  # mean, worst, uncertainty_weighted, weighted_sum or soft_and
       'uncertainty': 0.0,  # λ of uncertainty_weighted, in 1 over the rewards' unit

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from rlhf_jax import distributed, loop, players
+from experiments.architecture import DTYPES
+from rlhf_jax import distributed, loop, players, sharding
 from rlhf_jax.experience import Judging
 from rlhf_jax.judges import (
   ensemble,
@@ -52,14 +53,14 @@ class Member(NamedTuple):
 
   name: str
   pairwise: bool
-  load: Callable[[Decode], Judge]
+  load: Callable[[Decode, sharding.Layout | None], Judge]
 
 
 class Opened(NamedTuple):
   """All judges of a config, checked."""
 
   shape: Judging  # what they give; its functions are never called
-  load: Callable[[Decode, Draw, Callable[[Judge], Judge]], Judging]  # the last is put around each
+  load: Callable[..., Judging]  # (decode, draw, around, layout=None); `around` is put around each
   names: tuple[str, ...]  # of functions, what --config.judge.function calls them
 
 
@@ -78,9 +79,14 @@ def opened(config: ConfigDict) -> Opened:
   if judge.calibrate is not None and config.memory.offload_reference:
     raise ValueError('judge.calibrate asks the reference: memory.offload_reference must be false')
 
-  def load(decode: Decode, draw: Draw, around: Callable[[Judge], Judge]) -> Judging:
+  def load(
+    decode: Decode,
+    draw: Draw,
+    around: Callable[[Judge], Judge],
+    layout: sharding.Layout | None = None,
+  ) -> Judging:
     def loaded(each: list[Member]) -> list[Judge]:
-      return [around(one.load(decode)._replace(name=one.name)) for one in each]
+      return [around(one.load(decode, layout)._replace(name=one.name)) for one in each]
 
     return _composed(judge, loaded(members), loaded(required), draw)
 
@@ -113,8 +119,11 @@ def questions(config: ConfigDict, setup: loop.Setup, heldout: Sequence[Prompts])
     a_prompt = own * (own - 1) if siblings else 2 * own * others
   a_prompt *= objective.judged
   each = 2 * (config.evaluate.responses ** (2 if pairwise else 1) + extra)
-  gaps = 2 * config.evaluate.gap_prompts * config.evaluate.gap_samples**2 if pairwise else 0
-  last = f', {gaps:,} for the duality gap at the end (evaluate.gap_prompts)' if gaps else ''
+  samples, answers = config.evaluate.gap_samples, config.evaluate.responses
+  pool = config.evaluate.gap_prompts * (
+    2 * samples**2 if pairwise else samples + answers + 2 * extra
+  )
+  last = f', {pool:,} at the end (evaluate.gap_prompts)' if pool else ''
   return (
     f'remote judge: at most {config.batch * a_prompt:,} questions a round, '
     f'{prompts * each:,} an evaluation{last}'
@@ -165,7 +174,7 @@ def _function(spec: str) -> Member:
 
 def _of(function: programmatic.Function, name: str) -> Member:
   pairwise = programmatic.arity(function) == 3
-  return Member(name, pairwise, lambda decode: programmatic.from_function(function, decode, name))
+  return Member(name, pairwise, lambda d, _: programmatic.from_function(function, d, name))
 
 
 def _directory(spec: str, judge: ConfigDict) -> Member:
@@ -174,7 +183,7 @@ def _directory(spec: str, judge: ConfigDict) -> Member:
   architectures = huggingface.read_json(Path(spec) / 'config.json').get('architectures')
   if preference.is_preference_model(spec):
     return Member(
-      f'preference model {name}', True, lambda d: preference_model.from_checkpoint(spec, d)
+      f'preference model {name}', True, lambda d, _: preference_model.from_checkpoint(spec, d)
     )
   if isinstance(architectures, list) and architectures and architectures[0] in LANGUAGE:
     if judge.policy_as == 'verdict':
@@ -183,7 +192,7 @@ def _directory(spec: str, judge: ConfigDict) -> Member:
       return Member(
         f'verdict of {name}',
         asked.pairwise,
-        lambda decode: verdict.from_checkpoint(spec, asked, decode),
+        lambda decode, _: verdict.from_checkpoint(spec, asked, decode),
       )
     if judge.implicit_reference is None:
       raise ValueError(
@@ -195,11 +204,14 @@ def _directory(spec: str, judge: ConfigDict) -> Member:
     return Member(
       f'{IMPLICIT} {name}',
       False,
-      lambda decode: implicit.from_checkpoints(spec, decode=decode, **beside),
+      lambda decode, _: implicit.from_checkpoints(spec, decode=decode, **beside),
     )
   huggingface.read_config(spec, reward=True)
+  dtype = DTYPES[judge.dtype]
   return Member(
-    f'reward model {name}', False, lambda decode: reward_model.from_checkpoint(spec, decode)
+    f'reward model {name}',
+    False,
+    lambda decode, layout: reward_model.from_checkpoint(spec, decode, dtype=dtype, layout=layout),
   )
 
 
@@ -232,7 +244,8 @@ def _check_settings(judge: ConfigDict, members: list[Member], required: list[Mem
   Raises:
     ValueError: one is missing, unknown, or belongs to what is not asked for.
   """
-  choices = (('combine', COMBINE), ('calibrate', CALIBRATE), ('policy_as', POLICY_AS))
+  kinds = ('dtype', tuple(DTYPES))
+  choices = (('combine', COMBINE), ('calibrate', CALIBRATE), ('policy_as', POLICY_AS), kinds)
   for key, allowed in choices:
     if judge[key] is not None and judge[key] not in allowed:
       raise ValueError(f'judge.{key} must be one of {allowed}, got {judge[key]!r}')

@@ -10,8 +10,9 @@ there, and TPU programs come from the TPU's own compiler (`pip install 'rlhf_jax
 with a config.json; --config.judge.checkpoint, the reward model, takes the same. --config.target is
 tpu-v4-N, tpu-v5e-N, tpu-v5p-N or tpu-v6e-N as the cloud counts them (a v5p-512 is 256 chips),
 cpu-N (virtual devices) or local. Where something does not fit, up to --config.tries changes are
-planned in turn, and the first that fits is named. With a size the model computes in bfloat16 under
-remat and scan, on a mesh that splits everything, unless flags say otherwise.
+planned in turn, and the first that fits is named. With a size the models
+compute in bfloat16, the policy under remat and scan, on a mesh that splits everything, unless flags
+say otherwise. Each host holds a reward model of its own, as in a run.
 """
 
 import importlib
@@ -25,6 +26,7 @@ from ml_collections.config_dict import placeholder
 
 from experiments import assemble, planned, search, shapes, sheet, targets
 from experiments.launch import launch, objective_name
+from rlhf_jax import sharding
 from rlhf_jax.models import configs, families, huggingface
 from rlhf_jax.models.decoder import DecoderConfig
 from rlhf_jax.objectives import OBJECTIVES
@@ -56,6 +58,7 @@ def get_config(argv: list[str]) -> ConfigDict:
     config.prompt_tokens, config.sampling.max_tokens = 512, 512
     config.batch, config.responses = 256, 4
     config.model.update({'dtype': 'bfloat16', 'remat': 'layer', 'scan': True})
+    config.judge.dtype = 'bfloat16'
     config.mesh.update({'data': 1, 'fsdp': 0, 'tensor': 8})
   return config
 
@@ -117,7 +120,9 @@ def run(config: ConfigDict) -> None:
     available = config.chip_gib * 2**30
 
   def plan(config: ConfigDict, known: planned.Steps) -> tuple[planned.Plan, planned.Steps]:
-    model = shapes.model(config, policy, reward, assemble.meshes(config, devices)[0])
+    mesh = assemble.meshes(config, devices)[0]
+    host = sharding.mesh(devices=targets.of_one_host(target, list(mesh.devices.flat)))
+    model = shapes.model(config, policy, reward, mesh, sharding.within(host))
     return planned.compiled(model, available, assemble.say, known)
 
   assemble.say(f'{target.name}: compiling for {target.devices} devices, mesh {_sizes(config)}')

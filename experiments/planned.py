@@ -6,20 +6,19 @@ order, and the outputs of one step enter the next as the compiler laid them out.
 """
 
 import functools
+import math
 import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from experiments import costs, shapes
 from experiments.shapes import Model
-from rlhf_jax import loop, sharding
-from rlhf_jax.models import heads, lora
+from rlhf_jax import loop, players, sharding
+from rlhf_jax.models import lora
 
-JUDGED = 32  # texts that a reward model reads at once (judges/reward_model.py)
 SHORT = (
   re.compile(r'HLO temporaries \(([\d.]+)([KMGT]?)\)'),
   re.compile(r'Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm'),
@@ -39,6 +38,7 @@ class Step(NamedTuple):
   beside: float  # what lies on the device for other steps
   products: Mapping[str, float]  # FLOPs of one device, by the type of the factors
   traffic: costs.Traffic | None
+  times: int = 1  # that a round runs it
 
   @property
   def total(self) -> float:
@@ -108,7 +108,8 @@ class Compiler:
     arguments = jax.tree.map(_shape, arguments)
     since = time.process_time()
     traced = function.trace(*arguments, **static)
-    devices = self.model.layout.mesh.size
+    places = [leaf.sharding for leaf in jax.tree.leaves(arguments) if self._lies(leaf)]
+    devices = len(places[0].device_set) if places else self.model.layout.mesh.size
     products = {
       kind: value / devices
       for kind, value in costs.products(traced.jaxpr.jaxpr, most=self.most).items()
@@ -186,6 +187,13 @@ def short(message: str) -> float | None:
   return None
 
 
+def written(setup: loop.Setup) -> int:
+  """Texts of a round to each prompt, which a pointwise judge reads."""
+  siblings = isinstance(setup.objective.opponent, players.Siblings)
+  others = 0 if siblings or setup.objective.opponent is None else setup.opponents
+  return setup.responses + others
+
+
 def compiled(
   model: Model,
   available: float | None,
@@ -216,9 +224,12 @@ def compiled(
   setup = model.setup._replace(sample=compiler('rollout', model.setup.sample))
   loop.play(setup, loop.Functions(**functions), model.state, model.prompts)
   if model.reward is not None:
-    trunk, params = model.reward
-    length = model.prompts.tokens.shape[1] + int(model.setup.settings.budget)
-    rows = (jax.ShapeDtypeStruct((JUDGED, length), kind) for kind in (jnp.int32, bool))
-    compiler('reward model', jax.jit(heads.reward(trunk)))(params, *rows)
+    apply, params, rows = model.reward
+    compiler('reward model', apply)(params, *rows)
+    step, made = compiler.done['reward model']
+    hosts = len({device.process_index for device in model.layout.mesh.devices.flat})
+    texts = model.prompts.tokens.shape[0] * written(model.setup)
+    times = math.ceil(texts / hosts / rows[0].shape[0])
+    compiler.done['reward model'] = step._replace(times=times), made
   steps = tuple(step for step, _ in compiler.done.values())
   return plan._replace(steps=steps), compiler.done

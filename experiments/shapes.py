@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from experiments import architecture, assemble, selection
 from rlhf_jax import actor, anchors, loop, players, sharding
 from rlhf_jax.experience import Judging
+from rlhf_jax.judges import reward_model
 from rlhf_jax.judges.base import Judge
 from rlhf_jax.models import heads, lora
 from rlhf_jax.models.base import LanguageModel
@@ -31,7 +32,7 @@ class Model(NamedTuple):
   setup: loop.Setup
   state: loop.RunState  # shapes, placed
   prompts: Prompts  # shapes, placed
-  reward: tuple[LanguageModel, Params] | None
+  reward: tuple[reward_model.Apply, Params, tuple] | None  # with what it takes: shapes, placed
   layout: sharding.Layout
 
 
@@ -63,8 +64,11 @@ def model(
   policy: DecoderConfig,
   reward: DecoderConfig | None,
   mesh: sharding.Mesh,
+  host: sharding.Layout,
 ) -> Model:
   """The shapes of a run of `config`, whose policy and reward model are as described.
+
+  The reward model lies on the devices of `host`, as each host has one.
 
   Raises:
     ValueError: what a run refuses before it compiles, or something that no plan covers.
@@ -111,12 +115,23 @@ def model(
   )
   judge = None
   if reward is not None:
-    trunk = architecture.model(config, reward, layout)
-    kernel = jax.ShapeDtypeStruct((reward.width, 1), jnp.float32)
-    tree = jax.eval_shape(trunk.init, jax.random.key(0))
-    judge = trunk, placed(jax.eval_shape(heads.on_trunk, tree, kernel), layout)
+    longest = config.prompt_tokens + config.sampling.max_tokens
+    judge = _judge(reward, architecture.DTYPES[config.judge.dtype], host, longest)
   setup = setup._replace(base=None if base is None else placed(base, layout))
   return Model(policy, setup, state, _prompts(config, chosen, mesh), judge, layout)
+
+
+def _judge(
+  described: DecoderConfig, dtype: Any, layout: sharding.Layout, longest: int
+) -> tuple[reward_model.Apply, Params, tuple]:
+  made = reward_model.compiled(described, dtype, layout)
+  held = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), made.shapes)
+  params = jax.eval_shape(made.ready, held)
+  batch = math.lcm(reward_model.BATCH, sharding.shards(layout))
+  length = -(-longest // reward_model.BUCKET) * reward_model.BUCKET
+  where = sharding.batch_spec(layout.mesh)
+  rows = (jax.ShapeDtypeStruct((batch, length), kind, sharding=where) for kind in (jnp.int32, bool))
+  return made.apply, placed(params, layout), tuple(rows)
 
 
 def _setup(

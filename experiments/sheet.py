@@ -14,7 +14,8 @@ INTRODUCTION = """# Plans
 
 Each part below was written by the command in it, from shapes alone: the programs of a round were
 compiled, by the target's own compiler, and never run. Sizes are of one device. "Beside" is what
-lies on a device for other steps. Products are matrix products alone; a rollout counts as one whose
+lies on a device for other steps. A reward model is each host's own, split over its devices, and
+reads some texts at a time. Products are matrix products alone; a rollout counts as one whose
 responses all have their full length. "Sent" is what a device sends, were its neighbours a ring.
 The times are a roofline: products, bytes of memory and bytes sent, each over the chip's peak. The
 largest of the three is the least that a step takes; real ones are slower.
@@ -80,13 +81,13 @@ def _title(config: ConfigDict) -> str:
 
 def _about(config: ConfigDict, target: Target, plan: Plan) -> str:
   mesh = ' · '.join(f'{axis} {size}' for axis, size in plan.sizes.items())
-  kept = config.model
+  kept, steps = config.model, config.learner
   return (
     f'{_count(plan.parameters)} parameters on {target.devices} devices, {mesh}; '
     f'{config.batch} · {config.responses} responses of {config.sampling.max_tokens} tokens after '
     f'{config.prompt_tokens}; {kept.dtype}, remat {kept.remat}, '
-    f'{"scan" if kept.scan else "no scan"}, {config.learner.microbatches} microbatches; '
-    f'jax {jax.__version__}.'
+    f'{"scan" if kept.scan else "no scan"}; passes, minibatches and microbatches {steps.passes} · '
+    f'{steps.minibatches} · {steps.microbatches}; jax {jax.__version__}.'
   )
 
 
@@ -104,7 +105,7 @@ def _tables(plan: Plan, chip: Chip | None) -> list[str]:
     rows = [_times(step, chip) for step in plan.steps if step.traffic is not None]
     found.append(_table(TIMES, rows))
   if chip is not None and plan.steps and all(step.traffic for step in plan.steps):
-    least = sum(max(seconds(step, chip)) for step in plan.steps)
+    least = sum(step.times * max(seconds(step, chip)) for step in plan.steps)
     found.append(f"A round at the chip's peak: at least {least:.3g} s.")
   return found
 
@@ -116,13 +117,17 @@ TIMES = ['step', 'TFLOPs', 'read and written', 'sent', 'products, s', 'memory, s
 def _row(step: Step) -> list[str]:
   temporary = 'too much' if step.temporary is None else sized(step.temporary)
   sizes = [sized(step.arguments), temporary, *map(sized, (step.peak, step.beside, step.total))]
-  return [step.name, *sizes, f'{step.seconds:.0f}']
+  return [_named(step), *sizes, f'{step.seconds:.0f}']
+
+
+def _named(step: Step) -> str:
+  return step.name if step.times == 1 else f'{step.name}, {step.times} times'
 
 
 def _times(step: Step, chip: Chip | None) -> list[str]:
   assert step.traffic is not None
   sent = ', '.join(f'{kind} {sized(size)}' for kind, size in step.traffic.sent.items())
-  row = [step.name, f'{sum(step.products.values()) / 1e12:.3g}', sized(step.traffic.memory)]
+  row = [_named(step), f'{sum(step.products.values()) / 1e12:.3g}', sized(step.traffic.memory)]
   times = [''] * 3 if chip is None else [f'{time:.3g}' for time in seconds(step, chip)]
   return [*row, sent or 'nothing', *times]
 

@@ -93,7 +93,7 @@ def find(name: str) -> Target:
       raise ValueError(f'target cpu-N needs at least 1 device, got {name!r}')
     return Target(name, 'cpu', count, None)
   cores = CORES.get(version, 1)
-  shapes = CUBES if version in CORES else PLANES
+  shapes = _slices(version)
   if count % cores or count // cores not in shapes:
     sizes = ', '.join(str(chips * cores) for chips in shapes)
     counted = 'TensorCores, two a chip' if cores == 2 else 'chips'
@@ -102,6 +102,10 @@ def find(name: str) -> Target:
     raise ValueError(INSTALL)
   chips = count // cores
   return Target(name, 'tpu', chips, TPUS[version], f'{version}:{shapes[chips]}')
+
+
+def _slices(version: str) -> dict[int, str]:
+  return CUBES if version in CORES else PLANES
 
 
 def has_compiler() -> bool:
@@ -157,6 +161,20 @@ def devices(target: Target) -> list[Any]:
   except Exception as error:  # of the plugin's own making, and of several kinds
     line = str(error).splitlines()[0]
     raise ValueError(f'{target.name}: the TPU compiler has no {target.topology}: {line}') from None
+
+
+def of_one_host(target: Target, all_of_them: list[Any]) -> list[Any]:
+  """Those to compile for what each host does by itself.
+
+  Of a TPU's they are a slice of their own: its compiler refuses a part of one.
+  """
+  first = all_of_them[0].process_index
+  own = [device for device in all_of_them if device.process_index == first]
+  if target.topology is None or len(own) == len(all_of_them):
+    return own
+  version = target.topology.partition(':')[0]
+  shape = _slices(version)[len(own)]
+  return devices(target._replace(devices=len(own), topology=f'{version}:{shape}'))
 
 
 def available(target: Target, devices: list[Any]) -> float | None:

@@ -11,14 +11,14 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from experiments import assemble, judging
+from experiments import assemble, comparison, evaluate_report, judging
 from experiments.launch import command, leaves
 from rlhf_jax import actor, checkpoints, distributed, loop, metrics, survival
 from rlhf_jax.evaluation import held_out, report
-from rlhf_jax.evaluation.held_out import HeldOut
+from rlhf_jax.evaluation.held_out import HeldOut, Pooled
 from rlhf_jax.judges import texts
 from rlhf_jax.models import lora
-from rlhf_jax.types import Experience, Params
+from rlhf_jax.types import Experience, Params, Prompts
 
 # Of a remote judge: the way to it, which does not change what it says.
 ASKED = ('endpoint', 'key_env', 'concurrency', 'timeout', 'retries', 'deadline', 'cache')
@@ -132,12 +132,24 @@ def _run(config: ConfigDict) -> None:
 
   # --- The report --------------------------------------------------------------------------------
   found = found or held(state)  # a run that only lacked its report played no round
-  summary, notes = found.summary() | {'round': int(state.round)}, []
-  if config.evaluate.gap_prompts and setup.judging.judge.wins is not None:
-    gaps, note = _gaps(config, parts, state, found)
-    summary, notes = summary | gaps, [note]
+  pooled, notes = Pooled(0, {}, []), list[str]()
+  if config.evaluate.gap_prompts:
+    pooled, notes = _pooled(config, parts, state, found)
   if not distributed.first():
     return
+  summary = found.summary() | pooled.gaps | {'round': int(state.round)}
+  measured = comparison.of_run(
+    found,
+    pooled,
+    setup.judging.judge.name,
+    texts.decoder(parts.tokenizer),
+    round=int(state.round),
+    tau=_tau(config),
+    pool=config.evaluate.gap_samples,
+  )
+  if pooled.best_of:
+    measured['best_of_by'] = (parts.rival or setup.judging.judge).name
+  evaluate_report.record(workdir, measured)
   page = report.write_report(
     workdir,
     summary,
@@ -145,6 +157,7 @@ def _run(config: ConfigDict) -> None:
     seed=config.seed,
     command=command(Path(sys.argv[0]).stem),
     notes=notes,
+    figures=evaluate_report.sections(measured),
   )
   print(report.summary_table(summary))
   print(f'report: {page}')
@@ -156,39 +169,54 @@ def _sides(setup: loop.Setup, state: loop.RunState) -> tuple[Params, Params]:
   return lora.join(setup.base, policy), lora.join(setup.base, reference)
 
 
-def _gaps(
+def _tau(config: ConfigDict) -> float:
+  """The KL weight of the duality gaps."""
+  return config.objective.get('kl_weight') or 0.1
+
+
+def _pooled(
   config: ConfigDict, parts: assemble.Parts, state: loop.RunState, found: HeldOut
-) -> tuple[dict[str, Any], str]:
-  """Duality gaps on the first held-out prompts, and the sentence that says what they are."""
+) -> tuple[Pooled, list[str]]:
+  """Gaps and best-of-N on the first held-out prompts, and a sentence that says what gaps are."""
   batch, (mesh, acting) = parts.heldout[0], assemble.meshes(config)
   split = assemble.parts_of_batch(mesh, acting)
-  count = max(split, min(config.evaluate.gap_prompts, batch.tokens.shape[0]) // split * split)
-  first = jax.tree.map(lambda x: x[:count], distributed.fetched(batch._replace(texts=None)))
-  few = distributed.globally(first, mesh, count)
-  tau = config.objective.get('kl_weight') or 0.1
-  samples = config.evaluate.gap_samples
+  samples, wanted = config.evaluate.gap_samples, config.evaluate.gap_prompts
+  # As many at a time as write no more than a round does, or the last step could lack memory.
+  size = min(config.batch * config.responses // samples, wanted, batch.tokens.shape[0])
+  size = max(split, size // split * split)
+  count = max(size, min(wanted, batch.tokens.shape[0]) // size * size)
+  rows = distributed.fetched(batch._replace(texts=None))
+
+  def part(at: int) -> Prompts:
+    here = slice(at, at + size)
+    few = distributed.globally(jax.tree.map(lambda x: x[here], rows), mesh, size)
+    return few._replace(texts=batch.texts[here] if batch.texts else None)
+
   key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.round)
-  gaps = held_out.gaps(
+  pooled = held_out.pooled(
     parts.setup.sample,
     parts.setup.settings,
     parts.setup.judging.judge,
     parts.rival,
-    few._replace(texts=batch.texts[:count] if batch.texts else None),
+    [part(at) for at in range(0, count, size)],
     *_sides(parts.setup, state),
     actor.role_key(key, 'gap'),
-    tau=tau,
+    tau=_tau(config),
     kl=found.kl[:count],
     reference_samples=samples,
     policy_samples=samples,
+    opponents=config.evaluate.responses,
   )
+  if not pooled.gaps:
+    return pooled, []
   note = (
-    f'Duality gaps at KL weight {tau:g} on {count} held-out prompts, by the closed form from '
-    f'{samples} samples of the reference and {samples} of the policy each; no best response was '
-    'trained.'
+    f'Duality gaps at KL weight {_tau(config):g} on {count} held-out prompts, by the closed form '
+    f'from {samples} samples of the reference and {samples} of the policy each; no best response '
+    'was trained.'
   )
   if parts.rival is not None:
     note += f' The reward beside the policy is {parts.rival.name}.'
-  return gaps, note
+  return pooled, [note]
 
 
 def _samples(found: HeldOut, parts: assemble.Parts, count: int) -> list[dict[str, Any]]:

@@ -158,6 +158,8 @@ def sampler(
       )
     )(ordinals)
     weights = row_weights(player, keys)
+    # All at once: a generator's rounds are a loop of its own at each token otherwise.
+    uniforms = jax.vmap(functools.partial(_uniforms, keys))(jnp.arange(max_tokens))
     greedy = settings.temperature == 0
     temperature = jnp.where(greedy, 1.0, settings.temperature)
 
@@ -169,8 +171,11 @@ def sampler(
       logp = logprobs.mixture(law, weights)
       if truncates:
         logp = truncated(logp, settings.top_k, settings.top_p)
-      drawn = inverse_cdf(jnp.exp(logp), _uniforms(keys, loop.position))
-      token = jnp.where(greedy, jnp.argmax(logp, -1), drawn).astype(jnp.int32)
+      token = jax.lax.cond(  # either is a pass over the vocabulary
+        greedy,
+        lambda: jnp.argmax(logp, -1).astype(jnp.int32),
+        lambda: inverse_cdf(jnp.exp(logp), uniforms[loop.position]).astype(jnp.int32),
+      )
       token = sharding.whole(token, mesh)
       live = ~loop.done
 
@@ -240,6 +245,8 @@ def sampler(
     *,
     responses: int,
   ) -> Responses:
+    # Before they are gathered: what is narrower is less to send, and to read at every token.
+    params = {name: model.condense(own) for name, own in params.items()}
     run = sharding.over_batch(
       functools.partial(rollout, responses=responses),
       mesh,

@@ -69,7 +69,10 @@ def scorer(
 
   The policy's outputs hold what the objective needs, and always the entropy and the exact KL.
   """
-  needs = tuple({'logp', 'entropy', 'kl', *objective.needs})
+  # The reference is read for the KL anyway.
+  beside = {'reference'} & set(objective.scored)
+  needs = tuple({'logp', 'entropy', 'kl', *beside, *objective.needs})
+  others = tuple(name for name in objective.scored if name not in beside)
 
   def score(params, anchors, prompts, prompt_attended, own: Responses, temperature) -> Responses:
     asked = own.tokens, own.attended, own.trained
@@ -84,7 +87,11 @@ def scorer(
       reference=anchors['reference'],
       value_model=value_model,
     )
-    scores = _under(model, objective.scored, anchors, prompts, prompt_attended, own, temperature)
+    scores = _under(model, others, anchors, prompts, prompt_attended, own, temperature)
+    if beside:
+      scores['reference'] = Outputs(logp=policy.reference)  # type: ignore[arg-type]
+    if not {'reference', 'certainty'} & set(objective.needs):
+      policy = policy._replace(reference=None)
     return own._replace(scores={'policy': policy, **scores})
 
   return jax.jit(score)

@@ -104,16 +104,19 @@ def learner(
     safe = jnp.where(total > 0, total, 1)
     gradient = jax.grad(weighted_loss, has_aux=True)
 
+    def found(micro: Examples):
+      slopes, metrics = gradient(params, base, reference, micro, safe, temperature)
+      return sharding.constrain(slopes, layout), metrics  # or sums of whole ones would be kept
+
     def part(summed, micro: Examples):
-      found = gradient(params, base, reference, micro, safe, temperature)
-      return jax.tree.map(jnp.add, summed, found), None
+      return jax.tree.map(jnp.add, summed, found(micro)), None
 
     first = jax.tree.map(lambda x: x[0], examples)
-    gradients, metrics = gradient(params, base, reference, first, safe, temperature)
-    if schedule.microbatches > 1:  # a scan of length 0 would still compile the gradient again
-      rest = jax.tree.map(lambda x: x[1:], examples)
-      (gradients, metrics), _ = jax.lax.scan(part, (gradients, metrics), rest)
-    gradients = sharding.constrain(gradients, layout)
+    if schedule.microbatches == 1:
+      gradients, metrics = found(first)
+    else:  # all in one loop: the gradient is compiled once, and no two parts are held at a time
+      nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(found, first))
+      (gradients, metrics), _ = jax.lax.scan(part, nothing, examples)
     if host_optimizer:
       opt_state = sharding.to_device(opt_state)
     norm = optax.tree.norm(gradients)

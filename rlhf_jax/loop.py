@@ -351,8 +351,11 @@ def run(
   prompts: Callable[[int], Prompts],
   after: Callable[[int, RunState, dict[str, float], Experience], bool | None],
   drained: Callable[[int], bool] = lambda _: False,
+  compiled: Functions | None = None,
 ) -> RunState:
   """Rounds `state.round` to `rounds` − 1; `after` writes, evaluates, saves and may say to stop.
+
+  Runs of one setup may share its functions, `compiled`, apart by their judge alone.
 
   With `setup.ahead` the rows of round n + 1 are asked for before round n is learned from, so that
   devices of the sampler's own are never idle. They are one round old then, and weighed for it
@@ -367,7 +370,7 @@ def run(
       nothing of that round is saved.
   """
   check(setup)
-  compiled = functions(setup)
+  compiled = compiled or functions(setup)
   ahead: tuple[Prompts, tuple[Responses, Responses | None]] | None = None
 
   def ask(cast: Cast, round_: int) -> tuple[Prompts, tuple[Responses, Responses | None]]:

@@ -194,7 +194,7 @@ def _said(
   model: LanguageModel, trunk: Params, hidden: Float[Array, 'N S D'], batch: Compared
 ) -> Float[Array, 'N']:
   """log π(chosen | prompt) by the language head."""
-  logp, _, _ = logprobs.token_statistics(
+  logp, *_ = logprobs.token_statistics(
     lambda state: model.head(trunk, state),
     hidden[:, :-1],
     batch.tokens[:, 0, 1:],

@@ -72,15 +72,15 @@ def outputs(
   hidden, other = states(params['policy']), None
   if REFERRING & set(needs) and reference is not None:
     other = (lambda state: model.head(reference, state), states(reference))
-  logp, entropy, kl = statistics(
+  logp, entropy, kl, theirs = statistics(
     lambda state: model.head(params['policy'], state),
     hidden,
     entropies='entropy' in needs,
     reference=other if 'kl' in needs else None,
   )
-  theirs = certainty = None
-  if {'reference', 'certainty'} & set(needs) and other is not None:
-    theirs, spread, _ = statistics(*other, entropies='certainty' in needs)
+  certainty, wanted = None, {'reference', 'certainty'} & set(needs)
+  if other is not None and ('certainty' in needs or (wanted and theirs is None)):
+    theirs, spread, *_ = statistics(*other, entropies='certainty' in needs)
     certainty = None if spread is None else 1 - spread / math.log(model.vocab_size)
   value = None
   if 'value' in needs:
@@ -93,7 +93,7 @@ def outputs(
     value=shaped(value),
     entropy=shaped(entropy),
     kl=shaped(kl),
-    reference=shaped(theirs),
+    reference=shaped(theirs if wanted else None),
     certainty=shaped(certainty),
   )
 

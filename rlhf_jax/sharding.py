@@ -19,6 +19,8 @@ DATA, FSDP, TENSOR = AXES = ('data', 'fsdp', 'tensor')
 BATCH = (DATA, FSDP)
 HOST = 'pinned_host'
 
+STACKED = re.compile(r'groups/\d+/')  # models/decoder.py: layers as a loop reads them
+
 # (regular expression searched in a path such as 'policy/layers_0/query/kernel', an axis for each
 # dimension). The first that is found and has as many dimensions counts; what none fits is whole.
 Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
@@ -130,6 +132,18 @@ def rules(mesh: Mesh, *, heads: int, kv_heads: int) -> Rules:
   return (*kept, *RULES)
 
 
+def within(mesh: Mesh) -> Layout:
+  """Of what one process of the mesh does by itself: batches and parameters over its own devices.
+
+  Of a mesh whose devices are not here, its first process.
+  """
+  owners = [device.process_index for device in mesh.devices.flat]
+  owner = jax.process_index() if jax.process_index() in owners else owners[0]
+  own = [device for device in mesh.devices.flat if device.process_index == owner]
+  types = (AxisType.Auto,) * len(AXES)
+  return Layout(Mesh(np.array(own).reshape(1, len(own), 1), AXES, axis_types=types))
+
+
 def specs(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
   """The same tree of shardings: of arrays, or of their shapes alone."""
 
@@ -141,8 +155,12 @@ def specs(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
 
 
 def _spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
-  fits = (axes for rule, axes in rules if len(axes) == len(shape) and re.search(rule, name))
-  axes = next(fits, (None,) * len(shape))
+  stack = STACKED.search(name)  # of layers, in front of what is of one
+  name = STACKED.sub('layers_0/', name)
+  lengths = (len(shape) - 1, len(shape)) if stack else (len(shape),)
+  fits = (axes for rule, axes in rules if len(axes) in lengths and re.search(rule, name))
+  axes = next(fits, ())
+  axes = (None,) * (len(shape) - len(axes)) + axes
   chosen: list[tuple[str, ...]] = [()] * len(shape)
 
   def divides(at: int, axis: str) -> bool:

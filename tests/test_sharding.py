@@ -118,6 +118,13 @@ def test_what_does_not_divide_goes_elsewhere_or_stays_whole():
   assert spec('policy/embedding', 25, 9) == PartitionSpec()
 
 
+def test_stacked_layers_lie_as_one_does():
+  assert spec('trunk/groups/0/query/kernel', 3, 8, 16) == PartitionSpec(None, 'fsdp', 'tensor')
+  assert spec('trunk/groups/1/query/bias', 3, 16) == PartitionSpec(None, 'tensor')
+  assert spec('trunk/groups/1/mlp_norm/scale', 3, 16) == PartitionSpec()
+  assert spec('trunk/groups/2/down/kernel', 16, 8) == PartitionSpec('tensor', 'fsdp')  # one alone
+
+
 def test_heads_stay_whole():
   mesh = abstract(tensor=4)
   assert sharding.rules(mesh, heads=8, kv_heads=4) == sharding.RULES
@@ -441,7 +448,10 @@ def whole():
 def test_tensor_splits_products_and_gathers_no_parameter(part, on_eight):
   found = on_eight['texts', 'tensor'][part]
   assert 'all-reduce' in found
-  assert not {shape for shapes in found.values() for shape in shapes} & whole()
+  sent = {shape for shapes in found.values() for shape in shapes}
+  assert not sent & whole()
+  # Keys and values stay with their heads.
+  assert not [shape for shape in sent if shape.endswith(f',{T},{MODEL.head_dim}]')]
 
 
 @pytest.mark.slow
@@ -452,8 +462,9 @@ def test_fsdp_gathers_each_parameter_and_never_the_batch(on_eight):
   # The rollout gathers once, and the loop over tokens says nothing.
   assert not [kind for kind in found['sample'] if kind.endswith('in a loop')]
   # 40 rows in all: each device keeps to its five.
-  every = {shape for shapes in found['score'].values() for shape in shapes}
-  assert not [shape for shape in every if re.match(r'[a-z]+\d*\[40,', shape)]
+  for part, rows in [('score', r'[a-z]+\d*\[40,'), ('update', r'f\d+\[40,\d+,')]:
+    every = {shape for shapes in found[part].values() for shape in shapes}
+    assert not [shape for shape in every if re.match(rows, shape)], part
 
 
 if __name__ == '__main__':

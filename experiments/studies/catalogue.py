@@ -2,14 +2,27 @@
 
 from collections.abc import Mapping
 
-from experiments.studies import cyclic_raters, dno, inpo, nlhf, overoptimisation, sampling_bias
+from experiments.studies import (
+  cyclic_raters,
+  dno,
+  exploitability,
+  inpo,
+  nlhf,
+  overoptimisation,
+  ppo_kl,
+  sampling_bias,
+  vbon,
+)
 from experiments.studies.base import Study
 
 STUDIES: Mapping[str, Study] = {
   'cyclic_raters': cyclic_raters.STUDY,
   'nlhf': nlhf.STUDY,
+  'vbon': vbon.STUDY,
   'inpo': inpo.STUDY,
   'dno': dno.STUDY,
+  'ppo_kl': ppo_kl.STUDY,
+  'exploitability': exploitability.STUDY,
   'overoptimisation': overoptimisation.STUDY,
   'sampling_bias': sampling_bias.STUDY,
 }

@@ -96,17 +96,22 @@ def joined(prompts: Array, responses: Responses) -> tuple[Array, Array]:
   )
 
 
-def train(world: World, answers: Answers, size: Size, seed: int) -> Params:
+def noisy(answers: Answers, noise: float, seed: int) -> np.ndarray:
+  """Labels of the pairs: the one of higher gold reward, or with probability `noise` the other."""
+  pairs = answers.gold.reshape(-1, 2)
+  better = pairs[:, 0] > pairs[:, 1]
+  return better ^ (np.random.default_rng([seed, 1]).random(len(better)) < noise)
+
+
+def train(
+  world: World, tokens: Array, attended: Array, labels: np.ndarray, size: Size, seed: int
+) -> Params:
   """Reward models on the same pairs, apart by the seed of head and order alone; [members, ...].
 
-  Two neighbours of `answers` are a pair; the one of higher gold reward is preferred, or the other
-  one with probability `noise`.
+  Neighbours of the answers [B, K, S] are pairs, whose labels say whether the first is preferred.
   """
-  pairs = [x.reshape(-1, 2, *x.shape[2:]) for x in answers]
-  tokens, attended = jnp.asarray(pairs[0]), jnp.asarray(pairs[1])
-  better = pairs[2][:, 0] > pairs[2][:, 1]
-  flipped = np.random.default_rng([seed, 1]).random(len(better)) < size['noise']
-  label, count = jnp.asarray(better ^ flipped, float), len(better)
+  tokens, attended = (x.reshape(-1, 2, x.shape[-1]) for x in (tokens, attended))
+  label, count = jnp.asarray(labels, float), len(labels)
   steps = count // BATCH * size['epochs']
   optimizer = optax.adam(optax.linear_schedule(size['proxy_rate'], 0.0, steps), b2=0.98)
   apply = heads.reward(world.model)

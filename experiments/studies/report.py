@@ -1,8 +1,11 @@
 """results.json and RESULTS.md: what the studies found, written by the command alone."""
 
+import contextlib
+import fcntl
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +84,23 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> str:
 def record(folder: Path, name: str, result: Mapping[str, Any], order: list[str]) -> None:
   """Put one study's result into both files of `folder`; the others stay as they are."""
   path = folder / 'results.json'
-  found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
-  found[name] = dict(result)
-  found = {key: found[key] for key in order if key in found}
-  write_json(path, found)
-  page = [HEAD, summary(found), *(section(key, row) for key, row in found.items())]
-  write_text(folder / 'RESULTS.md', '\n\n'.join(part.strip() for part in page) + '\n')
+  with _alone(folder):
+    found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    found[name] = dict(result)
+    # One that is not in `order` was recorded by a process that knows more studies.
+    found = {key: found[key] for key in [*order, *found] if key in found}
+    write_json(path, found)
+    page = [HEAD, summary(found), *(section(key, row) for key, row in found.items())]
+    write_text(folder / 'RESULTS.md', '\n\n'.join(part.strip() for part in page) + '\n')
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+  """Waits while another process records into `folder`: each reads what the one before wrote."""
+  folder.mkdir(parents=True, exist_ok=True)
+  held = os.open(folder, os.O_RDONLY)
+  try:
+    fcntl.flock(held, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(held)

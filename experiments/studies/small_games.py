@@ -15,10 +15,12 @@ from rlhf_jax import actor, learner, loop, players, sharding
 from rlhf_jax.experience import Judging
 from rlhf_jax.judges.base import Judge
 from rlhf_jax.objectives import Objective
-from rlhf_jax.tabular import exact, judge, table
+from rlhf_jax.replay import Replay
+from rlhf_jax.tabular import exact, judge, solvers, stationary, table
+from rlhf_jax.tabular.answers.base import rewards_of
 from rlhf_jax.tabular.games import Game
 from rlhf_jax.tabular.solvers import Law
-from rlhf_jax.types import Experience, Prompts, Responses
+from rlhf_jax.types import Array, Experience, Prompts, Responses
 
 Sample = Callable[..., Responses]
 
@@ -37,6 +39,9 @@ def reached(
   link: str = 'bradley_terry',
   tampered: Callable[[Sample], Sample] = lambda sample: sample,
   every: int = 0,
+  passes: int = 1,
+  decays: bool = True,
+  replay: tuple[float, ...] = (),
 ) -> list[list[Law]]:
   """The laws that the objective reaches, by game, f64[A] each: the last of them at the end.
 
@@ -48,6 +53,9 @@ def reached(
     tampered: what is done to the rollout before anybody sees it.
     every: so many rounds make an iteration, after which a law is kept; 0: all of them. The learning
       rate falls to 0 within each.
+    passes: steps on each round's responses.
+    decays: False leaves the learning rate as it is.
+    replay: shares of the prompts of the last round, of the one before it, ... learned from again.
   """
   games = list(played)
   model = table.table(games, depth, turns=objective.turns)
@@ -56,19 +64,25 @@ def reached(
   mesh = sharding.data_mesh(1)
   drawn = actor.sampler(model, max_tokens=depth, end_tokens=(), mesh=mesh)
   every = every or rounds
+  batch, steps = len(games) * max(copies, 1), every * passes
+
+  def rate(step: Array) -> Array:
+    return learning_rate * (1 - step % steps / steps if decays else jnp.ones(()))
+
+  counts = tuple(max(1, round(share * batch)) for share in replay)
   setup = loop.Setup(
     model=model,
     objective=objective,
     judging=Judging(asked or judge.judge(games, depth), link),
     sample=tampered(drawn if copies else enumerate_),
     settings=actor.sampling(budget=depth),
-    optimizer=optax.adam(lambda step: learning_rate * (1 - step % every / every), eps=1e-6),
-    schedule=learner.Schedule(),
+    optimizer=optax.adam(rate, eps=1e-6),
+    schedule=learner.Schedule(passes=passes),
     responses=responses,
     opponents=responses,
+    replay=Replay(counts, batch, length=1) if replay else None,
   )
   reference = model.init(jax.random.key(0))
-  batch = len(games) * max(copies, 1)
   seen = jnp.ones((batch, 1), bool)
   everyone = jnp.arange(len(games))[:, None], jnp.ones((len(games), 1), bool)
   law_of = functools.partial(enumerate_, player=players.POLICY, responses=1)
@@ -100,3 +114,16 @@ def reached(
   state = loop.start(setup, jax.random.key(seed), reference, reference)
   loop.run(setup, state, rounds=rounds, prompts=prompts, after=after)
   return [list(each) for each in zip(*found, strict=True)]
+
+
+def optimum_at(game: Game, kl: float) -> Law:
+  """The law of the greatest mean reward at this KL in nats: μ exp(r/w)/Z of the w that has it."""
+
+  def law(log_weight: np.ndarray) -> Law:
+    weight = float(np.exp(log_weight))
+    return solvers.kl_regularised_optimum(rewards_of(game), game.reference, weight)
+
+  def excess(log_weight: np.ndarray) -> float:  # falls as w grows
+    return solvers.kl(law(log_weight), game.reference) - kl
+
+  return law(stationary.bisect(excess, np.log(1e-3), np.log(1e3)))

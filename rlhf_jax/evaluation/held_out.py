@@ -1,14 +1,15 @@
 """Held-out prompts answered by the policy and, freshly, by the reference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import actor, distributed, players, scoring
-from rlhf_jax.evaluation import exploitability
+from rlhf_jax import actor, distributed, players
+from rlhf_jax.evaluation import drift, exploitability, fronts
+from rlhf_jax.evaluation.drift import Drift
 from rlhf_jax.evaluation.intervals import Interval, bootstrap, mean_with_error
 from rlhf_jax.evaluation.win_rate import win_rate
 from rlhf_jax.experience import Judging
@@ -24,9 +25,15 @@ class HeldOut(NamedTuple):
   wins: np.ndarray  # f[B, K, K], P(the policy's response beats the reference's), ties half
   rewards: np.ndarray | None  # f[B, K], raw scores of the policy's responses
   reference_rewards: np.ndarray | None  # f[B, K]
-  kl: np.ndarray  # f[B], Σ_n KL(π(·|y_<n) || μ(·|y_<n)), exact over V at each token; nats
+  drift: Drift  # f[B, K], of the policy's responses
   lengths: np.ndarray  # f[B], tokens
   responses: list[tuple[Prompts, Responses, Responses]]  # batch by batch: policy's, reference's
+
+  @property
+  def kl(self) -> np.ndarray:
+    """f[B], Σ_n KL(π(·|y_<n) || μ(·|y_<n)), exact over V at each token; nats."""
+    assert self.drift.kl is not None
+    return np.mean(self.drift.kl, 1)
 
   def metrics(self) -> dict[str, float]:
     """The figures of an evaluated round."""
@@ -69,22 +76,7 @@ def evaluator(
   A pointwise judge compares by its scores, 1, half or 0, whatever the training link.
   """
 
-  @jax.jit
-  def exact_kl(policy, reference, prompts, prompt_attended, own: Responses) -> Array:
-    outputs = scoring.outputs(
-      model,
-      {'policy': policy},
-      prompts,
-      prompt_attended,
-      own.tokens,
-      own.attended,
-      own.trained,
-      temperature=settings.temperature,
-      needs=('logp', 'kl'),
-      reference=reference,
-    )
-    assert outputs.kl is not None
-    return jnp.mean(jnp.sum(outputs.kl, -1), 1)
+  drifted = drift.measure(model, settings.temperature)
 
   def evaluate(policy: Params, reference: Params, key: Array) -> HeldOut:
     parts = []
@@ -97,9 +89,9 @@ def evaluator(
         role_key = actor.role_key(key, role)
         arguments = prompts.tokens, prompts.attended, prompts.ordinals, role_key, settings
         drawn.append(sample(params, player, *arguments, responses=responses))
-      kl = exact_kl(policy, reference, prompts.tokens, prompts.attended, drawn[0])
+      moved = drifted(policy, reference, prompts, drawn[0])
       lengths = drawn[0].trained.sum(-1).mean(-1)
-      figures = kl, *_judged(judging.judge, prompts, *drawn), lengths
+      figures = moved, *_judged(judging.judge, prompts, *drawn), lengths
       bare, *arrays = distributed.fetched((prompts._replace(texts=None), *drawn, *figures))
       parts.append((bare._replace(texts=prompts.texts), *arrays))
 
@@ -111,7 +103,7 @@ def evaluator(
       wins=joined(4),
       rewards=joined(5) if scored else None,
       reference_rewards=joined(6) if scored else None,
-      kl=joined(3),
+      drift=jax.tree.map(lambda *x: np.concatenate(x), *(part[3] for part in parts)),
       lengths=joined(7),
       responses=[part[:3] for part in parts],
     )
@@ -129,12 +121,20 @@ def _judged(judge: Judge, prompts: Prompts, own: Responses, other: Responses) ->
   return wins, ours, theirs
 
 
-def gaps(
+class Pooled(NamedTuple):
+  """What further samples of the reference show."""
+
+  prompts: int
+  gaps: dict[str, Interval]  # {} where the judge does not compare
+  best_of: list[fronts.BestOf]  # [] where nothing could choose
+
+
+def pooled(
   sample: Callable[..., Responses],
   settings: Sampling,
   judge: Judge,
   rival: Judge | None,
-  prompts: Prompts,
+  batches: Sequence[Prompts],
   policy: Params,
   reference: Params,
   key: Array,
@@ -143,32 +143,57 @@ def gaps(
   kl: np.ndarray,
   reference_samples: int,
   policy_samples: int,
-) -> dict[str, Interval]:
-  """How exploitable the policy is at temperature τ, and the maximiser of the rival's reward.
+  opponents: int,
+) -> Pooled:
+  """How exploitable the policy is at temperature τ, and what best-of-N of the reference has.
 
   Duality gaps by the closed form on `reference_samples` samples of the reference for each prompt
   (no best response is trained). The rival is μ exp(r/τ)/Z on the same samples: no policy is trained
-  for it either.
+  for it either. Best-of-N is chosen from them by the rival's reward, or else the judge's, against
+  `opponents` others.
 
   Args:
     kl: f[B], KL(π || μ) of each prompt.
   """
-  assert judge.wins is not None
   names = {'policy': policy, 'reference': reference}
+  weights = np.full(policy_samples, 1 / policy_samples)
 
-  def drawn(player: players.Player, role: str, count: int) -> Responses:
-    needed = {name: names[name] for name in players.members(player)}
-    arguments = prompts.tokens, prompts.attended, prompts.ordinals, actor.role_key(key, role)
-    return sample(needed, player, *arguments, settings, responses=count)
+  def of_batch(prompts: Prompts, kl: np.ndarray) -> dict[str, np.ndarray]:
+    def drawn(player: players.Player, role: str, count: int) -> Responses:
+      needed = {name: names[name] for name in players.members(player)}
+      arguments = prompts.tokens, prompts.attended, prompts.ordinals, actor.role_key(key, role)
+      return sample(needed, player, *arguments, settings, responses=count)
 
-  theirs = drawn(players.REFERENCE, 'gap/reference', reference_samples)
-  ours = drawn(players.POLICY, 'gap/policy', policy_samples)
-  wins = distributed.fetched(judge.wins(prompts, theirs, ours))
-  weights = np.full((wins.shape[0], policy_samples), 1 / policy_samples)
-  found = exploitability.gap(wins, weights, kl, tau)
-  if rival is None:
-    return {'gap': bootstrap(found)}
-  assert rival.rewards is not None
-  among = distributed.fetched(judge.wins(prompts, theirs, None))
-  rewards = distributed.fetched(rival.rewards(prompts, theirs))
-  return exploitability.gap_intervals(found, exploitability.reweighted_gap(among, rewards, tau))
+    pool, found = drawn(players.REFERENCE, 'gap/reference', reference_samples), {}
+    if rival is not None or judge.rewards is not None:
+      others = drawn(players.REFERENCE, 'gap/opponents', opponents)
+      found['wins'], rewards, _ = distributed.fetched(_judged(judge, prompts, pool, others))
+      if rewards is not None:
+        found['rewards'] = found['chosen_by'] = rewards
+    if rival is not None:
+      assert rival.rewards is not None
+      found['chosen_by'] = distributed.fetched(rival.rewards(prompts, pool))
+    if judge.wins is not None:
+      ours = drawn(players.POLICY, 'gap/policy', policy_samples)
+      wins = distributed.fetched(judge.wins(prompts, pool, ours))
+      found['gap'] = exploitability.gap(wins, np.tile(weights, (len(wins), 1)), kl, tau)
+      if rival is not None:
+        among = distributed.fetched(judge.wins(prompts, pool, None))
+        found['reward_gap'] = exploitability.reweighted_gap(among, found['chosen_by'], tau)
+    return found
+
+  ends = np.cumsum([prompts.tokens.shape[0] for prompts in batches])
+  parts = [of_batch(*part) for part in zip(batches, np.split(kl, ends[:-1]), strict=True)]
+  found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+  gaps: dict[str, Interval] = {}
+  best_of: list[fronts.BestOf] = []
+  if 'reward_gap' in found:
+    gaps = exploitability.gap_intervals(found['gap'], found['reward_gap'])
+  elif 'gap' in found:
+    gaps = {'gap': bootstrap(found['gap'])}
+  if 'chosen_by' in found:
+    sizes = [2**n for n in range(reference_samples.bit_length())]
+    best_of = fronts.best_of_curve(
+      found['chosen_by'], sizes, rewards=found.get('rewards'), wins=found['wins']
+    )
+  return Pooled(int(ends[-1]), gaps, best_of)

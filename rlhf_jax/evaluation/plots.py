@@ -41,7 +41,11 @@ FIGURES: dict[str, tuple[Panel, ...]] = {
   ),
   'responses': (
     Panel('Entropy of the policy', 'nats a token', (('policy/entropy', 'training'),)),
-    Panel('Length of responses', 'tokens', (('rollout/length', 'training'),)),
+    Panel(
+      'Length of responses',
+      'tokens',
+      (('rollout/length', 'training'), ('evaluate/length', 'held out')),
+    ),
     Panel('Responses without an end', 'share', (('rollout/unfinished', 'training'),)),
   ),
   'health': (
@@ -55,9 +59,33 @@ FIGURES: dict[str, tuple[Panel, ...]] = {
     Panel(
       'Where a round goes',
       'seconds',
-      (('time/rollout', 'rollout'), ('time/judge', 'judge'), ('time/update', 'update')),
+      (
+        ('time/rollout', 'rollout'),
+        ('time/judge', 'judge'),
+        ('time/update', 'update'),
+        ('time/evaluate', 'evaluation'),
+      ),
     ),
+    Panel('Tokens drawn', 'tokens a round', (('rollout/tokens', 'training'),)),
+    Panel('Gradient', 'global norm before clipping', (('learner/gradient_norm', 'training'),)),
+    Panel('Loss', "the objective's own", (('learner/loss', 'training'),)),
   ),
+}
+UNITS = {  # of metrics without a panel of their own, by the last part of their name
+  'accepted': 'share',
+  'chosen_reward': 'raw score',
+  'clipped': 'share of tokens',
+  'effective_share': 'share',
+  'error': 'nats',
+  'k3': 'nats',
+  'kept_pairs': 'share',
+  'kept_prompts': 'share of prompts',
+  'kl_to_anchor': 'nats a response',
+  'quantile': 'share of the reference',
+  'reference_kl': 'nats a response',
+  'skipped': 'share of steps',
+  'staleness': 'rounds',
+  'step': 'seconds',
 }
 
 
@@ -83,7 +111,10 @@ def panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Panel]]:
   }
   drawn = {metric for group in FIGURES.values() for panel in group for metric, _ in panel.curves}
   bands = {f'{name}_{end}' for name in names for end in ('low', 'high')}
-  figures['others'] = [Panel(name, '', ((name, ''),)) for name in sorted(names - drawn - bands)]
+  figures['others'] = [
+    Panel(name, UNITS.get(name.rpartition('/')[2], 'value'), ((name, ''),))
+    for name in sorted(names - drawn - bands)
+  ]
   return {name: group for name, group in figures.items() if group}
 
 

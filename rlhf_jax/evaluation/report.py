@@ -50,14 +50,13 @@ def write_report(
   seed: int,
   command: Sequence[str] = (),
   notes: Sequence[str] = (),
+  figures: Sequence[page.Section] = (),
   pairs: int = 6,
 ) -> Path:
   """Writes `plots/*.png`, `report.html` and last `report.md`, whose path it returns.
 
-  From the run's own files.
-
-  Nothing is computed here but the pictures: numbers are those of `summary`, `metrics.jsonl` and
-  `samples.jsonl`, and a section whose file is absent is left out.
+  Nothing is computed here but the pictures: numbers are those of `summary`, `figures`,
+  `metrics.jsonl` and `samples.jsonl`, and a section whose file is absent is left out.
 
   Args:
     workdir: of the run.
@@ -66,6 +65,7 @@ def write_report(
     seed: of the run.
     command: the words of the command line; secret flags are blanked.
     notes: sentences below the table: what a figure means, or the S and M behind a gap.
+    figures: what follows the summary on the page of HTML.
     pairs: most samples shown, of the last round that has any.
   """
   folder = Path(workdir)
@@ -96,7 +96,7 @@ def write_report(
   title = f'{objective}, seed {seed}'
   table = page.Table(('figure', 'on held-out prompts'), _rows(summary))
   held = page.Section('Held out', [UNCERTAINTY, *map(redacted, notes)], [table])
-  sections = [held, *run_page.sections(folder, metrics, samples, pairs=pairs)]
+  sections = [held, *figures, *run_page.sections(folder, metrics, samples, pairs=pairs)]
   html = page.render(title, str(folder), sections, command=redacted_command(command))
   survival.replace(folder / 'report.html', html)
   path = folder / 'report.md'

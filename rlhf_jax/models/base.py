@@ -27,4 +27,6 @@ class LanguageModel(NamedTuple):
   width: int  # D
   vocab_size: int  # V
   context: int  # most tokens of prompt and response together
+  condense: Callable[[Params], Params] = lambda params: params
+  # parameters as a rollout holds them: `head`, `prefill` and `step` read either, to the same number
   layout: sharding.Layout | None = None  # where parameters and rows lie; None: as they come

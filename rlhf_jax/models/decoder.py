@@ -31,6 +31,8 @@ from rlhf_jax.types import Array, Params
 # Finite, so that a row with nothing to attend to averages instead of turning into NaN.
 MASKED = -1e30
 
+GROUPS = 'groups'  # of parameters: the layers as `depth.walk` reads them
+
 # Of whole rows: True where a token is, or the number of the document that it is of, 0 for padding.
 Mask = Bool[Array, 'R S'] | Int[Array, 'R S']
 
@@ -106,7 +108,11 @@ class DecoderConfig:
 
 
 class Prefix(NamedTuple):
-  """B prompts, read once. Every array leads with B, and K responses read it without a copy."""
+  """B prompts, read once. K responses read it without a copy.
+
+  Keys and values, here and in a cache, are `depth.grouped`: per layer, as below, and under a scan
+  those that are looped over stacked, f[periods, B, H, P, E]. All else leads with B.
+  """
 
   keys: tuple[Array, ...]  # per layer f[B, H, P, E], rotated
   values: tuple[Array, ...]  # per layer f[B, H, P, E]
@@ -117,8 +123,8 @@ class Prefix(NamedTuple):
 class Cache(NamedTuple):
   """The keys and values of K responses to each prompt; slots at and after `index` are unread."""
 
-  keys: tuple[Array, ...]  # per layer f[B, H, K, T, E]
-  values: tuple[Array, ...]  # per layer f[B, H, K, T, E]
+  keys: tuple[Array, ...]  # per layer f[H·B·K, T, E]
+  values: tuple[Array, ...]  # per layer f[H·B·K, T, E]
 
 
 def tiny(vocab_size: int, **changes: Any) -> DecoderConfig:
@@ -205,6 +211,7 @@ class Layer(nn.Module):
 
   config: DecoderConfig
   dtype: Any
+  flat: bool = False  # see `flattened`
 
   @nn.compact
   def __call__(
@@ -241,10 +248,11 @@ class Layer(nn.Module):
       name=name,
     )
     adapter: Any = self.get_variable('params', f'{name}_lora')  # put there by `lora.join`
-    out = dense(inputs)
+    rows = flattened(inputs) if self.flat else inputs
+    out = dense(rows)
     if adapter is not None:
-      out = out + lora.side(adapter, inputs, self.dtype, _precision(self.dtype))
-    return out.astype(self.dtype)
+      out = out + lora.side(adapter, rows, self.dtype, _precision(self.dtype))
+    return out.astype(self.dtype).reshape(*inputs.shape[:-1], features)
 
   def _heads(self, count: int, name: str, inputs: Array, *, normed: bool) -> Array:
     """One projection of the inputs, in heads. f[..., D] -> f[..., count, E]."""
@@ -297,11 +305,20 @@ def rotate(
 
 
 class Source(NamedTuple):
-  """Keys and values with who may see them; rank 4 is shared by the queries, rank 5 is one each."""
+  """Keys and values with who may see them; rank 4 is shared by the queries, rank 3 is one each.
 
-  keys: Array  # f[B, H, P, E] or f[B, H, K, T, E]
+  Those have H, B and K as one axis: with more axes, XLA copies a cache that it could update, and
+  behind another one heads could not be split over devices.
+  """
+
+  keys: Array  # f[B, H, P, E] or f[H·B·K, T, E]
   values: Array  # like keys
   mask: Array  # bool, broadcasts to f[B, H, K, G, P]
+
+
+def merged(x: Float[Array, 'B H K *rest']) -> Float[Array, 'HBK *rest']:
+  """Heads, rows and responses as one axis."""
+  return x.swapaxes(0, 1).reshape(-1, *x.shape[3:])
 
 
 def attention(
@@ -324,26 +341,21 @@ def attention(
   else:
     query = query * np.asarray(scale, dtype)
 
+  def product(ours: Array, theirs: Array, own: str, shared: str) -> Array:
+    """f[B, H, K, G, X] of the queries and f[..., Y, Z] of a source -> f[B, H, K, G, ...]."""
+    ways = {'precision': precision, 'preferred_element_type': wide}
+    if theirs.ndim == 4:
+      return jnp.einsum(shared, ours, theirs, **ways)
+    found = jnp.einsum(own, merged(ours), theirs, **ways)
+    batch, heads, *rest = ours.shape[:4]
+    return found.reshape(heads, batch, *rest, found.shape[-1]).swapaxes(0, 1)
+
   def scores(source: Source) -> Array:
-    keys = 'bhkte' if source.keys.ndim == 5 else 'bhte'
-    products = jnp.einsum(
-      f'bhkge,{keys}->bhkgt',
-      query,
-      source.keys,
-      precision=precision,
-      preferred_element_type=wide,
-    )
+    products = product(query, source.keys, 'nge,nte->ngt', 'bhkge,bhte->bhkgt')
     return jnp.where(source.mask, capped(products, cap), MASKED)
 
   def mixed(source: Source, weights: Array) -> Array:
-    values = 'bhkte' if source.values.ndim == 5 else 'bhte'
-    return jnp.einsum(
-      f'bhkgt,{values}->bhkge',
-      weights.astype(dtype),
-      source.values,
-      precision=precision,
-      preferred_element_type=wide,
-    )
+    return product(weights.astype(dtype), source.values, 'ngt,nte->nge', 'bhkgt,bhte->bhkge')
 
   found = [scores(source) for source in sources]
   # The shift cancels in the quotient, and its gradient with it.
@@ -352,6 +364,15 @@ def attention(
   total = functools.reduce(jnp.add, [w.sum(-1) for w in weights])
   parts = [mixed(source, w) for source, w in zip(sources, weights, strict=True)]
   return (functools.reduce(jnp.add, parts) / total[..., None]).astype(dtype)
+
+
+def flattened(x: Float[Array, '... D']) -> Float[Array, 'N D']:
+  """Tokens as one axis, before a product with weights.
+
+  XLA on CPU would transpose all of two axes for the gradient of the weights; a TPU would copy them
+  to make one of them.
+  """
+  return x.reshape(-1, x.shape[-1])
 
 
 def capped(x: Array, cap: float | None) -> Array:
@@ -374,7 +395,9 @@ class Decoder(nn.Module):
     self.embedding = self.param('embedding', normal, (config.vocab_size, config.width), wide)
     if config.positions == 'learned':
       self.positions = self.param('positions', normal, (config.context, config.width), wide)
-    self.layers = [Layer(config, self.dtype) for _ in range(config.layers)]
+    devices = jax.devices() if self.layout is None else self.layout.mesh.devices.ravel()
+    self.flat = devices[0].platform == 'cpu'
+    self.layers = [Layer(config, self.dtype, self.flat) for _ in range(config.layers)]
     self.norm = Norm(config.norm, config.norm_epsilon, self.dtype)
     if not config.tied:
       self.output = self.param('head', normal, (config.width, config.vocab_size), wide)
@@ -442,53 +465,69 @@ class Decoder(nn.Module):
     x = sharding.constrain_batch(self._embed(tokens, positions), self.layout)
     return x, list(zip(self._turns(positions), attends, strict=True))
 
-  def _trunk(
-    self, tokens: Int[Array, 'R S'], attended: Mask
-  ) -> tuple[Array, Sequence[tuple[Array, Array]]]:
-    """Every layer over whole rows. -> f[R, S, D] before the last norm, (keys, values) per layer."""
-    (x, given), memory = self._rows(tokens, attended), []
-    for layer, beside in zip(self.layers, given, strict=True):
-      x, kept = layer(x, *beside)
-      x = sharding.constrain_batch(x, self.layout)
-      memory.append(kept)
-    return x, memory
-
-  def _walk(self, tokens: Int[Array, 'R S'], attended: Mask) -> Array:
-    """The same without keys and values, as `remat` and `scan` say."""
-    (x, given), config = self._rows(tokens, attended), self.config
-    kinds = list(zip(self._each(config.windows), self._each(config.unrotated), strict=True))
+  def _walk(
+    self,
+    x: Array,
+    given: Sequence[Any],
+    layer: Callable[[Callable, Any, Array, Any], tuple[Array, Any]],
+    memory: Sequence[Any] | None = None,
+    *,
+    remat: str = 'none',
+  ) -> tuple[Array, list[Any]]:
+    """`depth.walk` with layer(own, beside, x, memory) -> (x, kept), where own(x, *...) runs one
+    layer with its parameters, and `beside` is what is given for its kind."""
+    config = self.config
+    kinds = kinds_of(config)
     beside = dict(zip(kinds, given, strict=True))
-    one = Layer(config, self.dtype, parent=None)
+    one = Layer(config, self.dtype, self.flat, parent=None)
 
-    def layer(kind: Any, own: Params, x: Array) -> Array:
-      return sharding.constrain_batch(one.apply({'params': own}, x, *beside[kind])[0], self.layout)
+    def run(kind: Any, own: Params, x: Array, known: Any) -> tuple[Array, Any]:
+      return layer(functools.partial(one.apply, {'params': own}), beside[kind], x, known)
 
     params = self.variables['params']
-    layers = [params[f'layers_{number}'] for number in range(config.layers)]
-    return depth.walk(layer, x, layers, kinds, remat=self.remat, scan=self.scan)
+    if (groups := params.get(GROUPS)) is None:
+      # Stacked, they are copied anyway: as narrow as what is gathered from other devices may be.
+      groups = _groups(config, _narrow(params, self.dtype) if self.scan else params, self.scan)
+    return depth.walk(run, x, groups, kinds, memory, remat=remat, scan=self.scan)
+
+  def _trunk(
+    self, tokens: Int[Array, 'R S'], attended: Mask, *, remat: str = 'none', keeps: bool = False
+  ) -> tuple[Array, list[Any]]:
+    """Every layer over whole rows. -> f[R, S, D] before the last norm, and where it `keeps` them
+    (keys, values) of each."""
+    x, given = self._rows(tokens, attended)
+
+    def layer(own: Callable, beside: Any, x: Array, _: Any) -> tuple[Array, Any]:
+      x, kept = own(x, *beside)
+      return sharding.constrain_batch(x, self.layout), kept if keeps else ()
+
+    return self._walk(x, given, layer, remat=remat)
 
   def hidden(self, tokens: Int[Array, 'R S'], attended: Mask) -> Float[Array, 'R S D']:
     """The state after each token. Unattended positions are finite and mean nothing."""
-    if self.is_initializing() or (self.remat == 'none' and not self.scan):
-      return self.norm(self._trunk(tokens, attended)[0])
-    return self.norm(self._walk(tokens, attended))
+    if self.is_initializing():  # the parameters are made by the layers themselves
+      x, given = self._rows(tokens, attended)
+      for layer, beside in zip(self.layers, given, strict=True):
+        x, _ = layer(x, *beside)
+      return self.norm(x)
+    return self.norm(self._trunk(tokens, attended, remat=self.remat)[0])
 
   def head(self, hidden: Float[Array, '... D']) -> Float[Array, '... V']:
     """Logits, at least float32 whatever the compute dtype."""
     kernel = self.embedding.T if self.config.tied else self.output
     logits = jnp.dot(
-      hidden.astype(self.dtype),
+      (flattened(hidden) if self.flat else hidden).astype(self.dtype),
       kernel.astype(self.dtype),
       precision=_precision(self.dtype),
       preferred_element_type=_wide(self.dtype),
     )
-    return capped(logits, self.config.logit_cap)
+    return capped(logits, self.config.logit_cap).reshape(*hidden.shape[:-1], -1)
 
   def prefill(
     self, tokens: Int[Array, 'B P'], attended: Bool[Array, 'B P']
   ) -> tuple[Float[Array, 'B D'], Prefix]:
     """Left-padded prompts, once. -> (the state after the last token, the prefix)."""
-    x, memory = self._trunk(tokens, attended)
+    x, memory = self._trunk(tokens, attended, keeps=True)
     keys, values = zip(*memory, strict=True)
     lengths = attended.sum(axis=1, dtype=jnp.int32)
     return self.norm(x[:, -1]), Prefix(keys, values, attended, lengths)
@@ -498,38 +537,43 @@ class Decoder(nn.Module):
   ) -> tuple[Float[Array, 'B K D'], Cache]:
     """Token `index` of each response. -> (the state that predicts the next, cache with it in)."""
     position = prefix.lengths + index  # the same for the K responses
-    at = (0, 0, 0, index, 0)
+    places = jnp.arange(cache.keys[0].shape[-2])
 
     def seen(window: int | None) -> tuple[Array, Array]:
       of_prompt = prefix.attended
-      places = jnp.arange(cache.keys[0].shape[3])
       of_response = places <= index
       if window is not None:
         of_prompt &= position[:, None] - position_ids(prefix.attended) < window
         of_response &= index - places < window
       return of_prompt[:, None, None, None, :], of_response
 
-    def over(
-      masks: tuple[Array, Array], prompt: tuple[Array, Array], response: tuple[Array, Array]
-    ) -> Attend:
+    def put(known: Array, new: Array) -> Array:
+      """f[..., T, E] with f[..., E] at this token's place."""
+      at: tuple[Any, ...] = (*(0,) * (known.ndim - 2), index, 0)
+      return jax.lax.dynamic_update_slice(known, new[..., None, :], at)
+
+    def shown(known: Array, new: Array) -> Array:
+      """The same to be read once: a loop over layers would copy what it updates."""
+      return jnp.where((places == index)[:, None], new[..., None, :], known)
+
+    def layer(own: Callable, beside: Any, x: Array, known: Any) -> tuple[Array, Any]:
+      (turn, masks), ((prompt_keys, prompt_values), response) = beside, known
+
       def attend(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
-        keys, values = (
-          jax.lax.dynamic_update_slice(known, new[:, :, :, None], at)
-          for known, new in zip(response, (key, value), strict=True)
-        )
-        sources = [Source(*prompt, masks[0]), Source(keys, values, masks[1])]
-        return self._attend(query, sources), (keys, values)
+        new = merged(key), merged(value)
+        keys, values = map(shown if self.scan else put, response, new)
+        prompt = Source(prompt_keys, prompt_values, masks[0])
+        sources = [prompt, Source(keys, values, masks[1])]
+        return self._attend(query, sources), new if self.scan else (keys, values)
 
-      return attend
+      return own(x, turn, attend)
 
-    x, memory = self._embed(token, position[:, None]), []
-    turns = self._turns(position[:, None])
-    prompts, responses = (zip(*known, strict=True) for known in (prefix[:2], cache))
-    parts = zip(self.layers, turns, self._masks(seen), prompts, responses, strict=True)
-    for layer, turn, *known in parts:
-      x, kept = layer(x, turn, over(*known))
-      memory.append(kept)
-    return self.norm(x), Cache(*zip(*memory, strict=True))
+    given = zip(self._turns(position[:, None]), self._masks(seen), strict=True)
+    memory = zip(zip(*prefix[:2], strict=True), zip(*cache, strict=True), strict=True)
+    x = self._embed(token, position[:, None])
+    x, found = self._walk(x, list(given), layer, list(memory))
+    longer = Cache(*zip(*found, strict=True))
+    return self.norm(x), jax.tree.map(put, cache, longer) if self.scan else longer
 
   def extend(
     self, tokens: Int[Array, 'B K T'], attended: Bool[Array, 'B K T'], prefix: Prefix
@@ -558,7 +602,7 @@ class Decoder(nn.Module):
       def attend(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
         key, value = (x.reshape(*x.shape[:2], count, length, -1) for x in (key, value))
         folded = query.reshape(*key.shape[:3], length * groups, -1)
-        sources = [Source(*known, masks[0]), Source(key, value, masks[1])]
+        sources = [Source(*known, masks[0]), Source(merged(key), merged(value), masks[1])]
         return self._attend(folded, sources).reshape(query.shape), (key, value)
 
       return attend
@@ -578,6 +622,22 @@ class Decoder(nn.Module):
     mask = jnp.concatenate([jnp.repeat(prefix.attended, count, 0), rows], 1)
     longer = Prefix(keys, values, mask, mask.sum(axis=1, dtype=jnp.int32))
     return self.norm(x).reshape(batch, count, length, -1), longer
+
+
+def kinds_of(config: DecoderConfig) -> list[Any]:
+  """What differs between layers besides their parameters: (window, unrotated) of each."""
+  none = (None,) * config.layers
+  return list(zip(config.windows or none, config.unrotated or none, strict=True))
+
+
+def _narrow(params: Params, dtype: Any) -> Params:
+  """Matrices as the products read them in any case; vectors are added and multiplied wide."""
+  return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
+
+
+def _groups(config: DecoderConfig, params: Params, scan: bool) -> list[Params]:
+  layers = [params[f'layers_{number}'] for number in range(config.layers)]
+  return depth.grouped(layers, kinds_of(config), scan=scan)
 
 
 def visible(attended: Mask) -> Bool[Array, 'R S S']:
@@ -608,7 +668,8 @@ def decoder(
 
   Norms, angles, softmax, logits and the gradients' sums are at least float32 in any case. In
   float32 and wider, matrix products are exact to that type on every backend. `remat` and `scan`
-  are of the full forward (depth.py): they change its memory and its compile time, and no number.
+  change memory and compile time, and no number (depth.py): `remat` of the full forward, `scan` of
+  prefill and step as well.
   A `layout` keeps each device at its own rows: parameters come to them, layer by layer.
 
   Raises:
@@ -627,10 +688,15 @@ def decoder(
 
   def start(prefix: Prefix, responses: int, length: int) -> Cache:
     def empty(keys: Array) -> Array:
-      rows, heads, _, width = keys.shape
-      return jnp.zeros((rows, heads, responses, length, width), keys.dtype)
+      *lead, rows, heads, _, width = keys.shape
+      return jnp.zeros((*lead, heads * rows * responses, length, width), keys.dtype)
 
     return Cache(tuple(map(empty, prefix.keys)), tuple(map(empty, prefix.values)))
+
+  def condense(params: Params) -> Params:
+    narrow = _narrow(params, dtype)
+    ends = {name: leaf for name, leaf in narrow.items() if not name.startswith('layers_')}
+    return {**ends, GROUPS: _groups(config, narrow, scan)}
 
   return LanguageModel(
     init=init,
@@ -639,6 +705,7 @@ def decoder(
     prefill=lambda params, tokens, attended: apply('prefill', params, tokens, attended),
     start=start,
     step=lambda params, *arguments: apply('step', params, *arguments),
+    condense=condense,
     width=config.width,
     vocab_size=config.vocab_size,
     context=config.context,

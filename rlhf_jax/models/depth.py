@@ -7,6 +7,7 @@ same: they are stacked inside the compiled function, and their gradients come ap
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,43 +42,63 @@ def period(kinds: Sequence[Hashable]) -> int:
   )
 
 
+def _looped(kinds: Sequence[Hashable], scan: bool) -> tuple[int, int]:
+  """(layers of a period, how many of the first layers are looped over)."""
+  size = period(kinds)
+  repeats = len(kinds) // size if scan else 0
+  return size, repeats * size if repeats > 1 else 0
+
+
+def grouped(trees: Sequence[Any], kinds: Sequence[Hashable], *, scan: bool) -> list[Any]:
+  """Trees of each layer as `walk` reads them: those that it loops over stacked, one for each layer
+  of a period with leaves [periods, ...], and the others behind them."""
+  size, looped = _looped(kinds, scan)
+  stacked = [
+    jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees[at:looped:size])
+    for at in range(min(size, looped))
+  ]
+  return [*stacked, *trees[looped:]]
+
+
 def walk(
-  layer: Callable[[Hashable, Params, Array], Array],
+  layer: Callable[[Hashable, Params, Array, Any], tuple[Array, Any]],
   x: Array,
   params: Sequence[Params],
   kinds: Sequence[Hashable],
+  memory: Sequence[Any] | None = None,
   *,
   remat: str,
   scan: bool,
-) -> Array:
-  """x after every layer: x ← layer(kind, params, x).
+) -> tuple[Array, list[Any]]:
+  """x after every layer, and what each of them keeps: x, kept ← layer(kind, params, x, memory).
 
   Under `scan` the loop is over whole periods of `kinds`; layers of a last, cut one follow it, and
   layers that repeat nothing are not looped over at all. All of a kind have trees of one shape.
+  `params`, `memory` and what is kept are `grouped`.
   """
-  size = period(kinds)
-  repeats = len(kinds) // size if scan else 0
-  looped = repeats * size if repeats > 1 else 0
+  size, looped = _looped(kinds, scan)
+  count = min(size, looped)
+  memory = [()] * len(params) if memory is None else memory
 
-  def one(kind: Hashable) -> Callable[[Params, Array], Array]:
-    def apply(own: Params, x: Array) -> Array:
-      return layer(kind, own, x)
+  def one(kind: Hashable) -> Callable[[Params, Array, Any], tuple[Array, Any]]:
+    def apply(own: Params, x: Array, known: Any) -> tuple[Array, Any]:
+      return layer(kind, own, x, known)
 
     if remat == 'none':
       return apply
     # Inside a loop nothing can be merged with the first forward, and the barrier would only cost.
     return jax.checkpoint(apply, policy=REMAT[remat], prevent_cse=not looped)
 
-  def group(x: Array, trees: Sequence[Params]) -> tuple[Array, None]:
-    for kind, own in zip(kinds[:size], trees, strict=True):
-      x = one(kind)(own, x)
-    return x, None
+  def each(x: Array, part: tuple[Sequence, ...]) -> tuple[Array, list[Any]]:
+    kept = []
+    for kind, own, known in zip(*part, strict=True):
+      x, new = one(kind)(own, x, known)
+      kept.append(new)
+    return x, kept
 
+  kept: list[Any] = []
   if looped:
-    stacked = [
-      jax.tree.map(lambda *leaves: jnp.stack(leaves), *params[at:looped:size]) for at in range(size)
-    ]
-    x, _ = jax.lax.scan(group, x, stacked)
-  for kind, own in zip(kinds[looped:], params[looped:], strict=True):
-    x = one(kind)(own, x)
-  return x
+    turn = lambda x, trees: each(x, (kinds[:size], *trees))  # noqa: E731
+    x, kept = jax.lax.scan(turn, x, (params[:count], memory[:count]))
+  x, others = each(x, (kinds[looped:], params[count:], memory[count:]))
+  return x, kept + others

@@ -58,15 +58,17 @@ def token_statistics(
   reference: tuple[Callable[[Array], Array], Float[Array, 'R T D']] | None = None,
   slice_elements: int = SLICE_ELEMENTS,
   keep: Callable[[Array], Array] = lambda rows: rows,
-) -> tuple[Array, Array | None, Array | None]:
-  """Per token: log π(token), and if asked the exact entropy and KL(π || reference) over V.
+) -> tuple[Array, Array | None, Array | None, Array | None]:
+  """Per token: log π(token), and if asked the exact entropy over V, and of a reference the exact
+  KL(π || reference) and its log-prob of the token.
 
   The head is applied to a few positions at a time - of all rows or, where one position of every
-  row is too many logits already, of some rows - and rematerialised in the backward pass.
-  `keep` is what holds rows, the first axis, at the devices that they are split over.
+  row is too many logits already, of some rows - and rematerialised in the backward pass, unless
+  one slice is all there is. `keep` is what holds rows, the first axis, at the devices that they are
+  split over.
 
   Returns:
-    (f[R, T], f[R, T] or None, f[R, T] or None), all in nats.
+    (log π, entropy, KL, log μ), f[R, T] each or None, in nats.
   """
   rows, length, _ = hidden.shape
   groups = row_groups(rows, vocab_size, slice_elements)
@@ -82,18 +84,24 @@ def token_statistics(
     values = jnp.pad(values, padding).reshape((each, groups, steps, width, *rest))
     return jnp.moveaxis(values, 0, 2).reshape((slices, each, width, *rest))
 
-  @jax.checkpoint
-  def one(part: tuple) -> tuple[Array, Array | None, Array | None]:
+  def one(part: tuple) -> tuple[Array, Array | None, Array | None, Array | None]:
     state, token, other = jax.tree.map(keep, part)
+
+    def chosen(logp: Array) -> Array:
+      return jnp.take_along_axis(logp, token[..., None], -1)[..., 0]
+
     logp = log_softmax(head(state), temperature)
-    chosen = jnp.take_along_axis(logp, token[..., None], -1)[..., 0]
     spread = entropy(logp) if entropies else None
     if reference is None:
-      return chosen, spread, None
-    return chosen, spread, divergence(logp, log_softmax(reference[0](other), temperature))
+      return chosen(logp), spread, None, None
+    theirs = log_softmax(reference[0](other), temperature)
+    return chosen(logp), spread, divergence(logp, theirs), chosen(theirs)
 
   parts = (sliced(hidden), sliced(tokens), None if reference is None else sliced(reference[1]))
-  found = one(jax.tree.map(lambda x: x[0], parts)) if slices == 1 else jax.lax.map(one, parts)
+  if slices == 1:
+    found = one(jax.tree.map(lambda x: x[0], parts))
+  else:
+    found = jax.lax.map(jax.checkpoint(one), parts)
 
   def joined(values: Array) -> Array:
     if slices == 1:

@@ -9,6 +9,7 @@ import pytest
 
 from rlhf_jax import actor, sharding
 from rlhf_jax.evaluation import held_out
+from rlhf_jax.evaluation.drift import Drift
 from rlhf_jax.evaluation.held_out import HeldOut
 from rlhf_jax.experience import Judging
 from rlhf_jax.judges.base import Judge
@@ -152,7 +153,11 @@ def test_the_summary_has_intervals_and_errors():
     wins=np.array([1, 0, 0.5, 1]).reshape(4, 1, 1),
     rewards=np.array([[0.0], [2], [4], [2]]),
     reference_rewards=np.ones((4, 1)),
-    kl=np.array([0.5, 0.25, 0, 0.25]),
+    drift=Drift(
+      log_ratios=np.zeros((4, 1)),
+      entropy=np.zeros((4, 1)),
+      kl=np.array([[0.5], [0.25], [0], [0.25]]),
+    ),
     lengths=np.array([3, 1, 2, 2]),
     responses=[],
   )
@@ -176,12 +181,12 @@ def test_gaps_are_those_of_the_exact_game(rival):
   model = table.table([game])
   verdicts = judge.judge([game])
   other = Game(reference=game.reference, wins=None, rewards=rewards)
-  found = held_out.gaps(
+  pooled = held_out.pooled(
     actor.sampler(model, max_tokens=1, end_tokens=(), mesh=sharding.data_mesh(1)),
     actor.sampling(budget=1),
     verdicts,
     judge.judge([other]) if rival else None,
-    prompts(*[0] * 8),
+    [prompts(*[0] * 6), prompts(*[0] * 2)],
     {'table': jnp.log(jnp.asarray(law, jnp.float32))[None]},
     model.init(KEY),
     KEY,
@@ -189,7 +194,9 @@ def test_gaps_are_those_of_the_exact_game(rival):
     kl=np.full(8, solvers.kl(law, game.reference)),
     reference_samples=256,
     policy_samples=256,
+    opponents=2,
   )
+  found = pooled.gaps
   exact = solvers.duality_gap(game.wins, game.reference, law, tau)
   assert exact > 0.1
   assert found['gap'].estimate == pytest.approx(exact, abs=0.03)
@@ -199,3 +206,30 @@ def test_gaps_are_those_of_the_exact_game(rival):
     gap = solvers.duality_gap(game.wins, game.reference, best, tau)
     assert found['reward_gap'].estimate == pytest.approx(gap, abs=0.03)
     assert found['gap_difference'].estimate == pytest.approx(gap - exact, abs=0.04)
+  assert bool(pooled.best_of) == rival  # a judge that only compares cannot choose
+
+
+def test_best_of_n_is_chosen_by_the_reward_and_meets_fresh_answers():
+  # Game 0: the best of 2 is 5 with 1 − .6² = .64, 2 with .6² − .2² = .32, −1 with .04, which is
+  # 3.8 on average; a fresh 5, 2, −1 of .4, .4, .2 is beaten by .8 · .64 + .4 · .32 + .1 · .04.
+  pooled = held_out.pooled(
+    sampler(),
+    actor.sampling(budget=1),
+    judge.judge(PLAYED),
+    None,
+    [prompts(*[0] * 64)],
+    SAME,
+    SAME,
+    KEY,
+    tau=0.1,
+    kl=np.zeros(64),
+    reference_samples=5,
+    policy_samples=2,
+    opponents=4,
+  )
+  assert pooled.gaps == {}
+  one, two, four = pooled.best_of
+  assert (one.size, two.size, four.size) == (1, 2, 4)
+  assert two.reward is not None and two.win_rate is not None
+  assert two.reward.estimate == pytest.approx(3.8, abs=0.4)
+  assert two.win_rate.estimate == pytest.approx(0.644, abs=0.08)

@@ -10,7 +10,10 @@ import pytest
   ('flag', 'said'),
   [
     ('--config.objectives=ppo,pqo', "objectives must be of .* got 'pqo'"),
-    ('--config.size=huge', r"size must be one of \['large', 'small', 'tiny'\], got 'huge'"),
+    (
+      '--config.size=huge',
+      r"size must be one of \['billion', 'large', 'small', 'tiny'\], got 'huge'",
+    ),
     ('--config.repeats=6', 'repeats must be at least 7, got 6'),
     ('--config.sequences=0', 'sequences must be at least 1, got 0'),
     ('--config.dtype=int8', "dtype must be float32 or bfloat16, got 'int8'"),

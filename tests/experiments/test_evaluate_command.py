@@ -121,6 +121,8 @@ def test_runs_and_their_rounds_against_each_other(command, toy, tmp_path):
   assert command('nash_md', *flags).code == 0
   page = (run / 'report.html').read_text()
   assert 'nash_md, seed 0' in page and '<svg' in page and 'config.json' in page
+  ended = read(run)  # the judge compares: there is a gap, and nothing chooses a best of N
+  assert ended['sides'][0]['gap'] is not None and ended['best_of'] == []
   done = command(
     'evaluate',
     f'--config.runs={run},{run / "checkpoints" / "1"}',

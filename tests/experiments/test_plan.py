@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,24 @@ def test_names_as_the_cloud_counts(monkeypatch):
     'v4-8': 4,
   }
   assert found['v5p-512'].topology == 'v5p:4x8x8'
+
+
+def test_what_a_host_does_alone_is_compiled_for_a_slice_of_its_own(monkeypatch):
+  asked, hosts = [], [SimpleNamespace(process_index=number // 4) for number in range(32)]
+  monkeypatch.setattr(targets, 'has_compiler', lambda: True)
+  monkeypatch.setattr(targets, 'devices', lambda target: asked.append(target) or ['slice'])
+  assert targets.of_one_host(targets.find('tpu-v5p-64'), hosts) == ['slice']
+  assert (asked[0].topology, asked[0].devices) == ('v5p:2x2x1', 4)
+  assert targets.of_one_host(targets.find('tpu-v5e-4'), hosts[:4]) == hosts[:4]
+  assert targets.of_one_host(targets.find('cpu-32'), hosts) == hosts[:4]
+
+
+def test_a_round_runs_the_reward_model_as_often_as_texts_need():
+  chip = targets.Chip(1.0, 1.0, 1.0, 1.0, 1.0)
+  step = lying(1.0).steps[0]._replace(products={'bfloat16': 3.0}, traffic=costs.Traffic(0.0, {}))
+  found = lying(1.0)._replace(steps=(step, step._replace(name='reward model', times=4)))
+  text = '\n'.join(sheet._tables(found, chip))
+  assert 'reward model, 4 times' in text and 'at least 15 s' in text  # 3 + 4 · 3
 
 
 def test_without_the_compiler_one_line_says_how(monkeypatch):
@@ -221,7 +240,7 @@ config.update({'batch': 8, 'responses': 2, 'prompt_tokens': 4})
 config.sampling.max_tokens = 4
 config.mesh.update({'data': 2, 'fsdp': 2, 'tensor': 2})
 mesh = assemble.meshes(config)[0]
-model = shapes.model(config, plan.described(None), None, mesh)
+model = shapes.model(config, plan.described(None), None, mesh, sharding.within(mesh))
 found, _ = planned.compiled(model, None, assemble.say, {})
 
 # The same run with numbers: what lies on the first device, and what its compiled steps need.

@@ -100,6 +100,13 @@ def assert_same(one, other):
   jax.tree.map(np.testing.assert_array_equal, one[2], other[2])
 
 
+def assert_near(one, other):
+  assert one[1] == other[1]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one[2], other[2])
+  for row, wanted in zip(one[0], other[0], strict=True):
+    assert row == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+
+
 @pytest.mark.scale
 @pytest.mark.parametrize(
   ('processes', 'mesh'),
@@ -140,10 +147,14 @@ def test_killed_processes_resume_to_the_same_bits(toy, command, tmp_path, proces
   alone = tmp_path / 'alone'
   outcome = command('nash_md', *toy.flags(alone, '--config.evaluate.gap_prompts=0'))
   assert outcome.code == 0, outcome.error
-  rows, _, params = left(toy, alone)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params, straight_left[2])
-  for row, other in zip(rows, straight_left[0], strict=True):
-    assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
+  assert_near(left(toy, alone), straight_left)
+
+  # It also goes on from what all of them have saved.
+  handed = Run(toy, tmp_path / 'handed', processes, 1, *changes)
+  handed.kill(after=1)
+  one = Run(toy, tmp_path / 'handed', 1, 1, f'--config.judge.function={judge}:score')
+  assert one.wait() == [0], one.said()
+  assert_near(left(toy, tmp_path / 'handed'), straight_left)
 
 
 @pytest.mark.parametrize(

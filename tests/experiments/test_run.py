@@ -196,6 +196,22 @@ def test_a_finished_run_is_left_as_it_is(toy, command, finished):
   assert contents(finished) == before
 
 
+def test_a_run_ends_with_the_figures_of_an_evaluation(finished):
+  found = json.loads((finished / 'evaluation.json').read_text())
+  (pair,) = found['pairs']
+  policy, reference = found['sides']
+  assert (pair['side'], pair['other'], found['prompts']) == ('policy', 'reference', 2)
+  assert 0 <= pair['length_controlled']['estimate'] <= 1
+  assert policy['round'] == 3 and {'kl', 'kl_sampled', 'entropy', 'self_bleu'} <= set(policy)
+  assert 'reward' in reference and found['pool_prompts'] == 2
+  one, two = found['best_of']
+  assert (one['size'], two['size']) == (1, 2)
+  assert one['reward']['estimate'] <= two['reward']['estimate']
+  assert 'win_rate,policy,reference' in (finished / 'evaluation.csv').read_text()
+  page = (finished / 'report.html').read_text()
+  assert 'At equal length' in page and 'Best of N' in page and 'What is had at what KL' in page
+
+
 @pytest.mark.parametrize(
   ('flag', 'said'),
   [

@@ -2,6 +2,7 @@
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +10,20 @@ import pytest
 
 from experiments.launch import parse
 from experiments.studies import __main__ as command_line
-from experiments.studies import base, overoptimisation, report, sampling_bias
+from experiments.studies import (
+  base,
+  exploitability,
+  overoptimisation,
+  raters_gap,
+  report,
+  sampling_bias,
+)
 from experiments.studies.base import Figure, Measured, Study
 from experiments.studies.catalogue import STUDIES
+from experiments.studies.raters_gap import Spoken
 from rlhf_jax.evaluation.intervals import Interval
 from rlhf_jax.ops import best_of_n
+from rlhf_jax.reviews import judges
 from rlhf_jax.tabular import solvers
 
 
@@ -108,6 +118,18 @@ def test_results_of_the_default_size_are_recorded_and_others_stay_in_the_work_di
   assert '## toy: reproduced' in page and '5 seeds at 1.0' in page
 
 
+def test_studies_that_end_at_once_are_all_recorded(tmp_path):
+  row = {'seeds': [], 'seconds': 0.0, 'commits': [], 'modified': False, 'figures': {}}
+  words = ('claim', 'source', 'miniature', 'verdict', 'table', 'notes', 'machine', 'command')
+  row |= dict.fromkeys(words, '')
+  names = [f'study_{i}' for i in range(8)]
+  # None of them knows of the others, as when their processes started before the last was written.
+  with ThreadPoolExecutor(len(names)) as threads:
+    list(threads.map(lambda name: report.record(tmp_path, name, row, [name]), names))
+  assert set(json.loads((tmp_path / 'results.json').read_text())) == set(names)
+  assert all(f'## {name}' in (tmp_path / 'RESULTS.md').read_text() for name in names)
+
+
 def test_what_was_expected_is_on_disk_before_anything_is_measured(study, monkeypatch):
   def measure(size, seeds, folder):
     del size, seeds
@@ -153,16 +175,30 @@ def test_best_of_n_is_the_packages_own_law_of_the_best_of_n():
     np.testing.assert_allclose(overoptimisation.best_of(proxy, values, count), want, atol=1e-6)
 
 
+def track(*halves):
+  """One nat from point to point."""
+  gold, kl = np.array(halves), np.arange(len(halves[0]), dtype=float)
+  return overoptimisation.Track(kl, gold, gold.mean(0), kl)
+
+
 def test_a_peak_of_its_own_noise_loses_nothing():
   # The first half peaks at 1, where the second has .2 and ends at .3; the second at 2, where the
   # first has .5 and ends at .4: ((.2 − .3) + (.5 − .4))/2 = 0.
-  halves = np.array([[0.0, 0.9, 0.5, 0.4], [0.0, 0.2, 0.8, 0.3]])
-  assert overoptimisation.turned(halves) == pytest.approx(0.0)
-  falling = np.array([[0.0, 0.5, 0.2], [0.0, 0.6, 0.3]])
-  assert overoptimisation.turned(falling) == pytest.approx(0.3)
+  noise = track([0.0, 0.9, 0.5, 0.4], [0.0, 0.2, 0.8, 0.3])
+  assert overoptimisation.lost(noise) == pytest.approx(0.0)
+  falling = track([0.0, 0.5, 0.2], [0.0, 0.6, 0.3])
+  assert overoptimisation.lost(falling) == pytest.approx(0.3)
 
 
-def test_delay_is_the_kl_at_the_peak_and_the_end_is_compared_at_a_kl_that_all_reach():
+def test_gold_turns_where_it_is_for_good_below_its_peak():
+  # From .5 at 1 to .3 at 2, so .49 at 1.05 and .45 at 1.25; the dip before the peak is none.
+  for way, place in (('best_of_n', 1.05), ('ppo', 1.25)):
+    assert overoptimisation.turn(way, track([0.4, 0.5, 0.3])) == pytest.approx(place, abs=1e-3)
+    assert overoptimisation.turn(way, track([0.4, 0.3, 0.5])) == 2
+    assert overoptimisation.turn(way, track([0.4, 0.5, 0.495])) == 2
+
+
+def test_what_is_kept_and_how_much_later_it_turns():
   def curve(gold, kl):
     return {'gold': [gold, gold], 'proxy': [0.0, 1.0, 2.0], 'kl': kl}
 
@@ -177,12 +213,50 @@ def test_delay_is_the_kl_at_the_peak_and_the_end_is_compared_at_a_kl_that_all_re
     'ppo': {name: curve(late, [0.0, 1.0, 2.0]) for name in overoptimisation.METHODS},
   }
   found = overoptimisation.figures(curves)
-  assert set(found) == set(overoptimisation.expected({'pool': 8}))
+  assert set(found) == set(overoptimisation.expected({'pool': 4}))
   assert found['best_of_n_turn'] == pytest.approx(0.4)
   assert found['best_of_n_proxy'] == pytest.approx(1.0)
-  assert found['best_of_n_mean_end'] == pytest.approx(0.4)
-  assert found['best_of_n_mean_delay'] == pytest.approx(1.0)
-  assert found['ppo_turn'] == found['ppo_mean_delay'] == 0
+  assert found['best_of_n_worst_end'] == pytest.approx(0.4)
+  # The single proxy's falls by .4 a nat from 1 nat on; the other never does, up to 2.
+  assert found['best_of_n_worst_delay'] == pytest.approx(0.975, abs=1e-3)
+  assert found['ppo_turn'] == found['ppo_worst_end'] == found['ppo_worst_delay'] == 0
+
+
+# ---- who can be beaten -----------------------------------------------------------------------
+
+
+def test_both_estimates_of_the_gap_are_the_exact_one_of_the_raters_game():
+  # The policy maximises the exact fit; its best response is known, which the closed form uses and
+  # which is drawn here for the other one. One prompt: .442 as in reviews/judges.py.
+  game, tau = judges.rater_game(), exploitability.TAU
+  law = solvers.kl_regularised_optimum(game.rewards, game.law, tau)
+  best = solvers.best_response(game.wins, game.law, law, tau)
+  rng = np.random.default_rng(0)
+
+  def drawn(law, count):
+    tastes = game.tastes[rng.choice(len(law), (1, count), p=law)]
+    return Spoken(tastes, np.array([solvers.kl(law, game.law)]))
+
+  policy = drawn(law, 1000)
+  exact = solvers.duality_gap(game.wins, game.law, law, tau)
+  assert exact == pytest.approx(0.442, abs=5e-4)
+  found = raters_gap.closed_form(drawn(game.law, 4000).tastes, policy, tau)
+  assert found == pytest.approx(exact, abs=0.03)
+  assert raters_gap.reached(drawn(best, 1000), policy, tau) == pytest.approx(exact, abs=0.03)
+  assert raters_gap.reached(policy, policy, tau) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_who_is_beaten_by_how_much_is_the_difference_to_each_nash_method():
+  def one(gap, reached):
+    return {'path': {'gap': [0.9, gap]}, 'reached': reached}
+
+  curves = {'reference': 0.32, 'nash_md': one(0.05, 0.02), 'inpo': one(0.1, 0.0)}
+  found = exploitability.figures({**curves, 'ppo': one(0.45, 0.3)})
+  assert set(found) == set(exploitability.expected({}))
+  assert found['reference'] == 0.32
+  assert found['nash_md_gap'] == pytest.approx(0.4)
+  assert found['inpo_learned'] == pytest.approx(0.22)
+  assert found['nash_md_reached'] == pytest.approx(0.28)
 
 
 # ---- faults put in ---------------------------------------------------------------------------
@@ -211,8 +285,12 @@ def test_an_untrained_end_leaves_the_references_second_token():
 # ---- all of them -----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('name', STUDIES)
+def marked(name):
+  """The study as a parameter; one compiles for a minute."""
+  return pytest.param(name, marks=pytest.mark.scale if name == 'vbon' else pytest.mark.slow)
+
+
+@pytest.mark.parametrize('name', [marked(name) for name in STUDIES])
 def test_every_study_runs_at_its_quick_size(name, tmp_path, capsys):
   argv = ['--config.quick=true', '--config.seeds=2', f'--config.workdir={tmp_path}']
   config = command_line.get_config(argv, STUDIES[name])

@@ -1,5 +1,11 @@
 """A frozen reward model as a judge, on a tiny one that is written to a directory and read back."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,3 +147,64 @@ def test_a_rendered_chat_stays_one_behind_its_response():
   score = reward_model.scorer(apply, 0.0, encode, context=CONTEXT, batch=2)
   score([chat.Rendered('<s>a'), 'a'], ['b', 'b'])
   assert seen == [(chat.Rendered, '<s>ab'), (str, 'ab')]  # else <s> would be added once more
+
+
+SPLIT = """
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import sharding
+from rlhf_jax.judges import reward_model
+from rlhf_jax.models import huggingface
+
+config = huggingface.read_config(sys.argv[1], reward=True)[1]
+one, four = (sharding.within(sharding.data_mesh(count)) for count in (1, 4))
+rows = jnp.arange(24).reshape(4, 6) % 8, jnp.ones((4, 6), bool)
+found = []
+for layout in (one, four):
+  made, held = reward_model.compiled(config, jnp.float32, layout), []
+  load = reward_model.scorer
+  reward_model.scorer = lambda _, params, *__, **___: held.append(params) or (lambda x, y: [])
+  reward_model.from_checkpoint(sys.argv[1], lambda *_: [], layout=layout)
+  reward_model.scorer = load
+  compiled = made.apply.lower(held[0], *rows).compile()
+  leaves = jax.tree.leaves(held[0])
+  found.append({
+    'rewards': made.apply(held[0], *rows).tolist(),
+    'bytes': [sum(leaf.nbytes for leaf in leaves)]
+    + [sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)],
+    'whole batch': compiled.as_text().count('f32[4,6,16]'),
+  })
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_the_devices_of_a_host_hold_it_between_them(tmp_path):
+  write(tmp_path / 'rm')
+  script = tmp_path / 'split.py'
+  script.write_text(SPLIT)
+  environment = {
+    **os.environ,
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+    'JAX_PLATFORMS': 'cpu',
+    'PYTHONPATH': str(Path(__file__).resolve().parents[2]),
+  }
+  done = subprocess.run(
+    [sys.executable, str(script), str(tmp_path / 'rm')],
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  one, four = json.loads(done.stdout.splitlines()[-1])
+  assert one['bytes'][0] == one['bytes'][1] == four['bytes'][0]
+  # All but two norms of 16, a score of 16 and the last norm, f32, which are whole: 4 · 64 bytes.
+  assert four['bytes'][1] == (four['bytes'][0] - 256) / 4 + 256
+  np.testing.assert_allclose(four['rewards'], one['rewards'], atol=1e-5)
+  assert np.ptp(one['rewards']) > 0.1
+  assert one['whole batch'] and not four['whole batch']  # each device reads its own rows alone

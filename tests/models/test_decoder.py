@@ -216,7 +216,7 @@ def test_attention_by_hand():
   query = np.full((1, 1, 1, 1, 1), 2, np.float32)
   seen = np.array([True, True, False])
   one = decoders.attention(query, [decoders.Source(keys, values, seen)])
-  own = (keys[:, :, None, 1:], values[:, :, None, 1:], seen[1:])
+  own = (keys[0, :, 1:], values[0, :, 1:], seen[1:])
   two = decoders.attention(
     query, [decoders.Source(keys[:, :, :1], values[:, :, :1], seen[:1]), decoders.Source(*own)]
   )
@@ -229,7 +229,7 @@ def test_the_gradient_of_attention_is_that_of_a_softmax():
   with jax.enable_x64(True):
     rng = np.random.default_rng(7)
     query, key, value = rng.normal(size=(1, 1, 2, 3, 4)), *rng.normal(size=(2, 1, 1, 5, 4))
-    own = rng.normal(size=(2, 1, 1, 2, 3, 4))
+    own = rng.normal(size=(2, 2, 3, 4))
     seen = np.array([False, True, True, False, True])
 
     def mixed(query, key, value, own):
@@ -282,7 +282,8 @@ def test_bfloat16_computes_narrow_and_answers_wide():
   assert 1e-5 < np.abs(logits - exact).max() / np.abs(exact).max() < 0.05
 
 
-def test_the_token_loop_writes_its_cache_in_place():
+@pytest.mark.parametrize('count', [1, 5])
+def test_the_token_loop_writes_its_cache_in_place(count):
   # A copy of the cache for each token would make decoding quadratic in memory traffic.
   model, params = built('tiny')
   rng = np.random.default_rng(6)
@@ -290,7 +291,8 @@ def test_the_token_loop_writes_its_cache_in_place():
 
   def loop(params, tokens, attended):
     state, prefix = model.prefill(params, tokens, attended)
-    carry = jnp.int32(0), jnp.zeros((2, 5), jnp.int32), model.start(prefix, 5, 11)
+    start = model.start(prefix, count, 11)
+    carry = jnp.int32(0), jnp.zeros((2, count), jnp.int32), start
 
     def body(carry):
       index, token, cache = carry
@@ -302,9 +304,29 @@ def test_the_token_loop_writes_its_cache_in_place():
   text = jax.jit(loop).lower(params, tokens, attended).compile().as_text()
   name = re.search(r'while\(.*body=%?([\w.]+)', text).group(1)
   body = re.search(rf'^%?{re.escape(name)} .*?^}}', text, re.DOTALL | re.MULTILINE).group(0)
-  made = re.findall(r'= f32\[2,2,5,11,4\]\S* ([\w-]+)\(', body)  # [B, H, K, T, E]
+  made = re.findall(rf'= f32\[{4 * count},11,4\]\S* ([\w-]+)\(', body)  # [H·B·K, T, E]
   assert made
   assert not {'copy', 'transpose', 'broadcast', 'concatenate'} & set(made)
+
+
+def test_tokens_as_one_axis_change_no_gradient(monkeypatch):
+  # On a CPU they are one axis to every product with weights; elsewhere they stay two.
+  model, params = decoders.decoder(CONFIGS['tiny']), built('tiny')[1]
+  rng = np.random.default_rng(11)
+  tokens, attended = prompts(rng, [5, 3, 6], 6)
+
+  def slopes(params):
+    def total(params):
+      return jnp.sum(jnp.sin(model.head(params, model.hidden(params, tokens, attended))))
+
+    return jax.jit(jax.grad(total))(params)
+
+  flat, calls = slopes(params), []
+  monkeypatch.setattr(decoders, 'flattened', lambda x: calls.append(x.ndim) or x)
+  apart = slopes(params)
+  assert set(calls) == {3}
+  for one, other in zip(jax.tree.leaves(flat), jax.tree.leaves(apart), strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-5 * float(np.abs(other).max()))
 
 
 def test_a_feature_that_does_not_turn_stays():

@@ -74,6 +74,38 @@ def test_every_way_gives_the_same_states_and_gradients(name, remat, scan):
   assert all(np.abs(x - queries[0]).max() > 1e-3 for x in queries[1:])
 
 
+def decoded(config, params, tokens, attended, *, scan, condensed):
+  """Logits f[T + 1, B, K, V] of a prefill and the steps of given responses, the cached way."""
+  model = decoders.decoder(config, scan=scan)
+
+  @jax.jit
+  def run(params):
+    params = model.condense(params) if condensed else params
+    state, prefix = model.prefill(params, tokens, attended)
+
+    def step(cache, index):
+      token = jnp.stack([index, 12 - index])[None].repeat(2, 0)
+      state, cache = model.step(params, token, index, prefix, cache)
+      return cache, model.head(params, state)
+
+    _, logits = jax.lax.scan(step, model.start(prefix, 2, 3), jnp.arange(3))
+    first = jnp.repeat(model.head(params, state)[:, None], 2, 1)
+    return jnp.concatenate([first[None], logits])
+
+  return run(params)
+
+
+@pytest.mark.parametrize(
+  'name',
+  [name if name == 'plain' else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS],
+)
+def test_a_rollout_loops_too(name):
+  given = CONFIGS[name], *problem(CONFIGS[name])
+  plain = decoded(*given, scan=False, condensed=False)
+  assert np.ptp(plain) > 0.1
+  np.testing.assert_allclose(decoded(*given, scan=True, condensed=True), plain, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_adapters_are_looped_over_too():
   config = CONFIGS['plain']
@@ -132,6 +164,35 @@ def test_a_scan_is_one_layer_whatever_the_depth():
 
   assert products(4, True) == products(8, True)
   assert products(8, False) == 2 * products(4, False)
+
+
+def test_a_step_is_one_layer_whatever_the_depth():
+  def products(layers):
+    config = decoders.tiny(13, layers=layers, windows=(2, None) * (layers // 2))
+    model = decoders.decoder(config, scan=True)
+    params, tokens, attended = problem(config)
+
+    def step(params):
+      params = model.condense(params)
+      _, prefix = model.prefill(params, tokens, attended)
+      zeros = jnp.zeros((2, 3), jnp.int32)
+      return model.step(params, zeros, jnp.int32(0), prefix, model.start(prefix, 3, 4))
+
+    return str(jax.make_jaxpr(step)(params)).count(' dot_general')
+
+  assert products(4) == products(8)
+
+
+def test_condensed_parameters_keep_vectors_wide():
+  """Products read matrices in bfloat16 in any case; norms and biases are computed in float32."""
+  model = decoders.decoder(CONFIGS['plain'], jnp.bfloat16, scan=True)
+  found = jax.eval_shape(model.condense, problem(CONFIGS['plain'])[0])
+  kinds = {
+    (path[-1].key, leaf.dtype.name) for path, leaf in jax.tree_util.tree_leaves_with_path(found)
+  }
+  matrices = {(name, 'bfloat16') for name in ('kernel', 'embedding', 'head')}
+  assert kinds == matrices | {('scale', 'float32'), ('bias', 'float32')}
+  assert found['groups'][0]['query']['kernel'].shape == (3, 16, 16)
 
 
 def test_unknown_policy():

@@ -131,6 +131,7 @@ def test_statistics_are_those_of_the_whole_law():
         logp[tokens[row, position]],
         -sum(math.exp(x) * x for x in logp),
         sum(math.exp(x) * (x - y) for x, y in zip(logp, mu, strict=True)),
+        mu[tokens[row, position]],
       ]
       assert_close(here, expected, atol=1e-13)
 
@@ -180,7 +181,7 @@ def test_what_is_not_asked_for_is_not_there():
   found = logprobs.token_statistics(
     lambda state: state @ kernel, states, tokens, temperature=ONE, vocab_size=VOCAB
   )
-  assert found[1:] == (None, None)
+  assert found[1:] == (None, None, None)
 
 
 def temporary_bytes(length, slice_elements, vocab=2048, rows=ROWS):

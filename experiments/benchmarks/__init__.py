@@ -1,0 +1,1 @@
+"""Scripts that record the figures of one machine each."""
