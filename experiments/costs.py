@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 SIZES = {'pred': 1, 'token': 0, 'opaque': 0, 'c64': 8, 'c128': 16}
+SLICES = ('dynamic-slice', 'slice', 'gather')
 COLLECTIVES = (
   'all-gather',
   'all-reduce',
@@ -180,29 +181,58 @@ def _touched(program: Program, known: Mapping[str, Instruction], one: Instructio
   def of(name: str) -> float:
     return size(known[name].shape, off_chip=True) if name in known else 0.0
 
-  if one.code in ('dynamic-slice', 'slice', 'gather'):
-    return 2 * size(one.shape, off_chip=True)
+  if one.code.removesuffix('-start') in SLICES:
+    made = one.shape
+    if one.code.endswith('-start'):  # ((what is sliced, ...), slice, ...)
+      kind, sizes, layout = ARRAY.findall(one.shape)[len(one.operands)]
+      made = f'{kind}[{sizes}]{layout}'
+    return (size(made) if of(one.operands[0]) else 0.0) + size(made, off_chip=True)
   if one.code in ('dynamic-update-slice', 'scatter'):
     return 2 * of(one.operands[-1 if one.code == 'scatter' else 1])
   if one.code != 'fusion':
     return size(one.shape, off_chip=True) + sum(map(of, one.operands))
-  inside = program[_called(one.rest, 'calls')[0]]
-  places = {int(i.rest.split(')')[0]): i.name for i in inside.values() if i.code == 'parameter'}
+  inside, places = _fused(program, one)
   total, written = 0.0, size(one.shape, off_chip=True)
   for number, operand in enumerate(one.operands):
     users = [i for i in inside.values() if places.get(number) in i.operands]
-    sliced = [i for i in users if i.code in ('dynamic-slice', 'slice', 'gather')]
     updated = [
       i for i in users if i.code == 'dynamic-update-slice' and i.operands[0] == places[number]
     ]
-    if users and len(sliced) == len(users):
-      total += min(of(operand), sum(size(i.shape) for i in sliced))
-    elif users and len(updated) == len(users):  # in place: neither read nor written as a whole
+    if users and len(updated) == len(users):  # in place: neither read nor written as a whole
       changed = sum(size(inside[i.operands[1]].shape) for i in updated if i.operands[1] in inside)
       written = max(0.0, written - of(operand)) + changed
     else:
-      total += of(operand)
+      total += min(of(operand), _read_of(program, inside, places[number]))
   return total + written
+
+
+def _fused(program: Program, one: Instruction) -> tuple[Mapping[str, Instruction], dict[int, str]]:
+  """The inside of a fusion, and what each of its operands is called there."""
+  inside = program[_called(one.rest, 'calls')[0]]
+  names = {int(i.rest.split(')')[0]): i.name for i in inside.values() if i.code == 'parameter'}
+  return inside, names
+
+
+def _read_of(program: Program, inside: Mapping[str, Instruction], name: str) -> float:
+  """Bytes of a value that a fused computation reads: where it is only sliced, the slices.
+
+  A TPU's fusions have others inside, and a product reads its layer of stacked kernels in one.
+  """
+  total = 0.0
+  for user in inside.values():
+    if name not in user.operands:
+      continue
+    if user.code in SLICES:
+      total += size(user.shape)
+    elif user.code == 'bitcast':
+      total += _read_of(program, inside, user.name)
+    elif user.code == 'fusion':
+      within, names = _fused(program, user)
+      mine = [names[number] for number, given in enumerate(user.operands) if given == name]
+      total += sum(_read_of(program, within, own) for own in mine)
+    else:
+      return math.inf
+  return total
 
 
 def products(jaxpr: Any, *, most: int) -> dict[str, float]:

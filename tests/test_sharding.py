@@ -1,5 +1,6 @@
 """Meshes and rules; and, on eight virtual devices, the same run as on one for every objective."""
 
+import fcntl
 import functools
 import json
 import os
@@ -396,8 +397,22 @@ def on_devices(names, everywhere=EVERYWHERE):
 
 
 @pytest.fixture(scope='module')
-def on_eight():
-  """{(objective, mesh): what differs}, from one process."""
+def on_eight(tmp_path_factory):
+  """{(objective, mesh): what differs}, from one process for all that test at once."""
+  folder = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    folder = folder.parent
+  told = folder / 'on_eight.jsonl'
+  with open(folder / 'on_eight.lock', 'w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not told.exists():
+      told.write_text(eight())
+  lines = told.read_text().splitlines()
+  return {(name, mesh): found for name, mesh, found in map(json.loads, lines)}
+
+
+def eight():
+  """What this file prints as a script, on eight devices."""
   environment = os.environ | {
     'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
     'JAX_PLATFORMS': 'cpu',
@@ -409,7 +424,7 @@ def on_eight():
   command = [sys.executable, __file__, 'actors', 'texts', *TESTED]
   ran = subprocess.run(command, env=environment, capture_output=True, text=True)
   assert ran.returncode == 0, ran.stderr[-2000:]
-  return {(name, mesh): found for name, mesh, found in map(json.loads, ran.stdout.splitlines())}
+  return ran.stdout
 
 
 def test_every_objective_has_settings():

@@ -17,7 +17,7 @@ from experiments import costs, plan, planned, search, sheet, targets
 ROOT = Path(__file__).resolve().parents[2]
 
 # A loop of five rounds gathers f32[2,4] from four devices and adds it up over two of them; the
-# entry sends its argument on. Fusion `f` reads one row of eight of the table.
+# entry sends its argument on. Fusions `f` and `g` read one row of eight of the table.
 TEXT = """HloModule hand
 
 %cond (state: (s32[], f32[2,4])) -> pred[] {
@@ -42,6 +42,13 @@ TEXT = """HloModule hand
   ROOT %row = f32[1,4]{1,0} dynamic-slice(%table, %at.1, %at.1), dynamic_slice_sizes={1,4}
 }
 
+%outer (w.1: f32[8,4], at.2: s32[]) -> f32[1,4] {
+  %w.1 = f32[8,4]{1,0} parameter(0)
+  %at.2 = s32[] parameter(1)
+  %again = f32[8,4]{1,0} bitcast(%w.1)
+  ROOT %deep = f32[1,4]{1,0} fusion(%again, %at.2), kind=kLoop, calls=%inside
+}
+
 ENTRY %main (w: f32[8,4], i: s32[], start: (s32[], f32[2,4])) -> f32[1,4] {
   %w = f32[8,4]{1,0} parameter(0)
   %i = s32[] parameter(1)
@@ -49,6 +56,9 @@ ENTRY %main (w: f32[8,4], i: s32[], start: (s32[], f32[2,4])) -> f32[1,4] {
   %loop = (s32[], f32[2,4]{1,0}) while(%start), condition=%cond, body=%body
   %sent = (f32[8,4]{1,0}, f32[8,4]{1,0}) collective-permute-start(%w), source_target_pairs={{0,1}}
   %got = f32[8,4]{1,0} collective-permute-done(%sent)
+  %ahead = ((f32[8,4]{1,0}), f32[1,4]{1,0:S(1)}, s32[]) slice-start(%w), slice={[0:1], [0:4]}
+  %fetched = f32[1,4]{1,0:S(1)} slice-done(%ahead)
+  %g = f32[1,4]{1,0} fusion(%w, %i), kind=kOutput, calls=%outer
   ROOT %f = f32[1,4]{1,0} fusion(%w, %i), kind=kLoop, calls=%inside
 }
 """
@@ -61,9 +71,9 @@ def test_traffic_of_a_loop_counts_its_rounds():
 
 
 def test_memory_counts_what_is_sliced_and_not_the_whole():
-  # Gathered: 32 in, 128 out; added: 32 and 32, five times. Sent: 128 in, 2 · 128 made. Fusion: a
-  # row of 16 in, the number of 4, a row out.
-  assert costs.traffic(TEXT).memory == 5 * (160 + 64) + 3 * 128 + (16 + 4 + 16)
+  # Gathered: 32 in, 128 out; added: 32 and 32, five times. Sent: 128 in, 2 · 128 made. Two fusions,
+  # one within another: a row of 16 in, the number of 4, a row out. A row is fetched into the core.
+  assert costs.traffic(TEXT).memory == 5 * (160 + 64) + 3 * 128 + 2 * (16 + 4 + 16) + 16
 
 
 def test_products_of_loops():
