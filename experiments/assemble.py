@@ -206,6 +206,11 @@ def check_batch(config: ConfigDict, devices: int) -> None:
     raise ValueError(f'batch must be a multiple of the {devices} devices, got {config.batch}')
 
 
+def together(config: ConfigDict) -> bool:
+  """Whether scores may wait for the judge. While an endpoint is asked, the device scores."""
+  return config.together and config.judge.endpoint is None
+
+
 def say(line: str) -> None:
   """A line of progress on standard error, by one process; standard output carries results."""
   if distributed.first():
@@ -335,6 +340,7 @@ def parts(config: ConfigDict) -> Parts:
     value_model=value_model,
     offload=offload,
     ahead=config.mesh.ahead > 0,
+    together=together(config),
     replay=kept and kept._replace(length=prompts.width(training, tokenizer.prompt, **limits)),
   )
 

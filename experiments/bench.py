@@ -185,6 +185,7 @@ def setup(
     schedule=learner.Schedule(microbatches=size.microbatches),
     responses=least,
     opponents=1,
+    together=True,
   ), prompts
 
 
@@ -215,7 +216,8 @@ def _shape(leaf: Any) -> Any:
 def bench(
   name: str, size: Size, config: ConfigDict, peak: Peak, trace: Path | None
 ) -> dict[str, Any]:
-  """One objective. Every other round is timed whole, and those between them part by part."""
+  """One objective. Every other round is timed whole, and those between them part by part, in which
+  the policy's scores are a forward of their own."""
   given, prompts = setup(name, size, config.sequences, config.dtype, config.responses)
   loop.check(given)
   policy = sharding.replicate(given.model.init(jax.random.key(0)), sharding.data_mesh(1))
@@ -231,7 +233,7 @@ def bench(
   compiling = time.perf_counter() - since
 
   whole: list[float] = []
-  apart = given._replace(sample=watched['sample'])
+  apart = given._replace(sample=watched['sample'], together=False)
   for _ in range(config.repeats):
     since = time.perf_counter()
     state, figures, _ = loop.play(given, plain, state, prompts)

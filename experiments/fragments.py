@@ -49,6 +49,7 @@ def experiment(name: str, *, judge: str, **objective) -> ConfigDict:
   config.optimizer = optimizer(learning_rate=5e-4)
   config.learner = ConfigDict({'passes': 1, 'minibatches': 1, 'microbatches': 1})
   config.learner.nonfinite = 'stop'  # 'skip' leaves out steps whose loss or gradient is no number
+  config.together = True  # scores, targets and update in one program, where loop.one_program holds
   config.evaluate = ConfigDict()
   config.evaluate.every = 20  # rounds; also the first and the last
   config.evaluate.prompts = '128'  # held-out prompts: so many split off by hash, or a JSONL file

@@ -14,6 +14,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from experiments import allocation
+
 
 def objective_name(argv: list[str], default: str) -> str:
   """`--config.objective.name` as given: ml_collections fixes a config's keys before it parses."""
@@ -52,6 +54,7 @@ def launch(document: str, get_config: Callable[[list[str]], ConfigDict], run: Ca
         print(f'  --config.{key}={"  (not set)" if value is None else value}')
       return
     config = parse(get_config(argv), argv)
+    allocation.keep()
     with kept_compiled(config):
       run(config)
   except KeyboardInterrupt:

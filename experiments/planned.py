@@ -220,7 +220,14 @@ def compiled(
     name: compiler(name, function)
     for name, function in loop.functions(model.setup)._asdict().items()
   }
-  functions['statistics'] = lambda _: {'rollout/tokens': 1.0}  # is divided by a time
+  counted, together = {'rollout/tokens': 1.0}, functions['together']  # is divided by a time
+  functions['statistics'] = lambda _: counted
+
+  def at_once(*given: Any) -> tuple:
+    *state, _, seen = together(*given)
+    return *state, counted, seen
+
+  functions['together'] = at_once
   setup = model.setup._replace(sample=compiler('rollout', model.setup.sample))
   loop.play(setup, loop.Functions(**functions), model.state, model.prompts)
   if model.reward is not None:

@@ -158,6 +158,7 @@ def _setup(
     responses=config.responses,
     opponents=config.opponents,
     offload=loop.Offload(optimizer=config.memory.offload_optimizer),
+    together=assemble.together(config),
   )
   loop.check(setup)
   return setup

@@ -146,16 +146,22 @@ def learner(
 
     examples = jax.tree.map(pad, examples)
 
-    def one_pass(carry, key: Array):
-      order = jnp.arange(padded)
-      if schedule.passes * schedule.minibatches > 1:
-        order = jax.random.permutation(key, padded)
+    def parted(values: Array) -> Array:
       shape = (schedule.minibatches, schedule.microbatches, padded // parts)
-      shuffled = jax.tree.map(lambda x: x[order].reshape(*shape, *x.shape[1:]), examples)
-      return jax.lax.scan(step, carry, shuffled)
+      return values.reshape(*shape, *values.shape[1:])
+
+    def one_pass(carry, key: Array):
+      order = jax.random.permutation(key, padded)
+      return jax.lax.scan(step, carry, jax.tree.map(lambda x: parted(x[order]), examples))
 
     carry = (params, opt_state, base, reference, temperature)
-    carry, (metrics, bad) = jax.lax.scan(one_pass, carry, jax.random.split(key, schedule.passes))
+    if schedule.passes * schedule.minibatches == 1:
+      # In the order that they have: XLA finds the rows that `scoring` has read already.
+      carry, found = step(carry, jax.tree.map(lambda x: parted(x)[0], examples))
+      metrics, bad = jax.tree.map(lambda x: x[None], found)
+    else:
+      keys = jax.random.split(key, schedule.passes)
+      carry, (metrics, bad) = jax.lax.scan(one_pass, carry, keys)
     if skips:
       metrics = jax.tree.map(lambda x: jnp.mean(x, where=bad < 0), metrics)
       metrics['learner/skipped'] = jnp.mean(bad >= 0)

@@ -52,6 +52,7 @@ class Setup(NamedTuple):
   value_model: LanguageModel | None = None  # where the value is no head on the policy's states
   offload: Offload = Offload()
   ahead: bool = False  # sample round n + 1 while round n is learned from
+  together: bool = False  # judge first, then all else in one program, where `one_program` holds
 
 
 class RunState(NamedTuple):
@@ -88,6 +89,7 @@ class Functions(NamedTuple):
   recall: Callable
   join: Callable
   remember: Callable
+  together: Callable
 
 
 class Clock:
@@ -195,6 +197,19 @@ def fetched(setup: Setup, state: RunState) -> dict[str, Params]:
   return {**state.anchors, 'reference': sharding.to_device(state.anchors['reference'])}
 
 
+def one_program(setup: Setup) -> bool:
+  """Whether scores, targets and update are one program.
+
+  In it XLA finds that the policy reads the same rows for its scores and for its only optimiser
+  step, and runs that forward once: the same numbers, from fewer products. It must be wanted, the
+  round one step on all its rows by one device, and nothing else may stand between.
+  """
+  steps = setup.schedule.passes * setup.schedule.minibatches * setup.schedule.microbatches
+  devices = 1 if setup.model.layout is None else setup.model.layout.mesh.size
+  between = setup.ahead, setup.replay, setup.objective.select, *setup.offload
+  return setup.together and steps == devices == 1 and not any(between)
+
+
 def functions(setup: Setup) -> Functions:
   """Compile nothing yet; each function compiles once for each length bucket that it meets."""
   # What is kept from round to round comes back as it lay, or all would compile once more.
@@ -210,24 +225,53 @@ def functions(setup: Setup) -> Functions:
   def remember(*now: Any) -> tuple[Experience, ...]:
     return stays(replays.pushed(setup.replay, *now))  # type: ignore[arg-type]
 
+  score = experience.scorer(setup.model, setup.objective, setup.value_model)
+  score_opponent = experience.opponent_scorer(setup.model, setup.objective)
+  update = learner.learner(
+    setup.model,
+    setup.objective,
+    setup.optimizer,
+    setup.schedule,
+    setup.value_model,
+    host_optimizer=setup.offload.optimizer,
+  )
+
+  def together(
+    params: dict[str, Params],
+    opt_state: optax.OptState,
+    named: dict[str, Params],
+    held: State,
+    seen: Experience,
+    key: Array,
+    temperature: Array,
+    base: lora.Base | None,
+  ) -> tuple[dict[str, Params], optax.OptState, State, Metrics, Experience]:
+    acting = {**params, 'policy': lora.join(base, params['policy'])}
+    asked = seen.prompts, seen.prompt_attended
+    own, opponent = score(acting, named, *asked, seen.own, temperature), seen.opponent
+    if isinstance(setup.objective.opponent, players.Siblings):
+      opponent = own
+    elif setup.objective.opponent_scored:
+      opponent = score_opponent(named, *asked, opponent, temperature)
+    seen = seen._replace(own=own, opponent=opponent)
+    held, examples, metrics = targets(held, seen)
+    params, opt_state, learned = update(
+      params, opt_state, named['reference'], examples, key, temperature, base
+    )
+    return params, opt_state, held, experience.statistics(seen) | metrics | learned, seen
+
   return Functions(
-    score=experience.scorer(setup.model, setup.objective, setup.value_model),
-    score_opponent=experience.opponent_scorer(setup.model, setup.objective),
+    score=score,
+    score_opponent=score_opponent,
     targets=jax.jit(targets),
-    update=learner.learner(
-      setup.model,
-      setup.objective,
-      setup.optimizer,
-      setup.schedule,
-      setup.value_model,
-      host_optimizer=setup.offload.optimizer,
-    ),
+    update=update,
     move=jax.jit(move),
     statistics=jax.jit(experience.statistics),
     correct=jax.jit(functools.partial(experience.corrected, setup.objective)),
     recall=jax.jit(lambda *now: replays.recalled(setup.replay, *now)),  # type: ignore[arg-type]
     join=jax.jit(replays.joined),
     remember=jax.jit(remember),
+    together=jax.jit(together, donate_argnums=(0, 1)),
   )
 
 
@@ -279,21 +323,22 @@ def learn(
   stale: bool = False,
 ) -> tuple[RunState, dict[str, Array | float], Experience]:
   """The rest of a round. `stale` rows were written by the policy of the round before."""
-  (own, opponent), (copies, moved, acting, named) = drawn, cast
+  (own, opponent), (copies, _, acting, named) = drawn, cast
   clock.stop('rollout', own.tokens, None if opponent is None else opponent.tokens)
+  temperature, once = setup.settings.temperature, one_program(setup)
+  key = actor.role_key(_round_key(state, state.round), 'learner')
 
   # 3 judgement, while the device scores ---------------------------------------------------------
-  scored = compiled.score(
-    acting, named, prompts.tokens, prompts.attended, own, setup.settings.temperature
-  )
-  aged: Metrics = {}
-  if stale:
-    scored, aged = compiled.correct(scored)
-  theirs = scored if opponent is own else opponent
-  if setup.objective.opponent_scored and theirs is not scored:
-    theirs = compiled.score_opponent(
-      named, prompts.tokens, prompts.attended, opponent, setup.settings.temperature
-    )
+  scored, theirs, aged = own, opponent, dict[str, Array]()
+  if not once:
+    asked = prompts.tokens, prompts.attended
+    scored = compiled.score(acting, named, *asked, own, temperature)
+    if stale:
+      scored, aged = compiled.correct(scored)
+    if opponent is own:
+      theirs = scored
+    elif setup.objective.opponent_scored:
+      theirs = compiled.score_opponent(named, *asked, opponent, temperature)
   rows = own if setup.objective.select is None else scored  # what is worth asking may need scores
   rewards, wins, judged = experience.judge_round(
     setup.judging, setup.objective, prompts, rows, opponent
@@ -311,7 +356,34 @@ def learn(
     constraints=constraints,
   )
 
-  # 4 targets ------------------------------------------------------------------------------------
+  # 4 targets, 5 update --------------------------------------------------------------------------
+  if once:
+    bare = gathered._replace(opponent=None) if opponent is own else gathered
+    params, opt_state, held, metrics, gathered = compiled.together(
+      *(state.params, state.optimizer, named, state.objective),
+      *(bare, key, temperature, setup.base),
+    )
+    now = state._replace(params=params, anchors=copies, optimizer=opt_state, objective=held)
+  else:
+    now, metrics = _learn_apart(setup, compiled, state, cast, gathered, key)
+    metrics = {**compiled.statistics(gathered), **aged, **metrics}
+  clock.stop('update', metrics)
+  metrics |= clock.times
+  if not setup.ahead:  # of which only the wait is known
+    metrics['time/tokens_per_second'] = metrics['rollout/tokens'] / clock.times['time/rollout']
+  return now._replace(round=state.round + 1), metrics, gathered
+
+
+def _learn_apart(
+  setup: Setup,
+  compiled: Functions,
+  state: RunState,
+  cast: Cast,
+  gathered: Experience,
+  key: Array,
+) -> tuple[RunState, Metrics]:
+  """Targets and update, with what may stand between: rows of earlier rounds, the host's memory."""
+  copies, moved, acting, named = cast
   learned_from, memory = gathered, state.replay
   if setup.replay is not None:
     earlier = compiled.recall(memory, gathered, state.round)
@@ -319,8 +391,6 @@ def learn(
     learned_from = compiled.join(_bare(gathered), earlier)
     memory = compiled.remember(memory, gathered)
   objective_state, examples, metrics = compiled.targets(state.objective, learned_from)
-
-  # 5 update -------------------------------------------------------------------------------------
   if setup.offload.reference:
     there = sharding.to_host(moved['reference']) if 'reference' in moved else None
     copies['reference'] = state.anchors['reference'] if there is None else there
@@ -331,16 +401,12 @@ def learn(
     state.optimizer,
     named['reference'],
     examples,
-    actor.role_key(_round_key(state, state.round), 'learner'),
+    key,
     setup.settings.temperature,
     setup.base,
   )
-  clock.stop('update', learned)
-  metrics = {**compiled.statistics(gathered), **aged, **metrics, **learned, **clock.times}
-  if not setup.ahead:  # of which only the wait is known
-    metrics['time/tokens_per_second'] = metrics['rollout/tokens'] / clock.times['time/rollout']
-  state = RunState(state.round + 1, state.key, params, copies, opt_state, objective_state, memory)
-  return state, metrics, gathered
+  now = RunState(state.round, state.key, params, copies, opt_state, objective_state, memory)
+  return now, {**metrics, **learned}
 
 
 def run(

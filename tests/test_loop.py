@@ -136,7 +136,7 @@ def test_each_function_compiles_once_for_each_length_bucket(name, players, monke
   loop.run(setup, begin(name), rounds=8, prompts=some, after=after)
   buckets = dict.fromkeys(('score', 'targets', 'update', 'statistics'), 1)
   once = buckets | {'move': 1, 'sample': players}
-  never = 'score_opponent', 'correct', 'recall', 'join', 'remember'
+  never = 'score_opponent', 'correct', 'recall', 'join', 'remember', 'together'
   once |= dict.fromkeys(never, 0)
   twice = {name: 2 * count for name, count in once.items()} | {'move': 1}
   assert sizes == [once] * 2 + [twice] * 6

@@ -170,6 +170,19 @@ def _promote(*arrays: Array | None, dtype: Any = None, inexact: bool = True) -> 
   return [*(x if x is None else x.astype(dtype) for x in factors), bias]
 
 
+@jax.custom_jvp
+def _inverse_root(x: Array) -> Array:
+  """1/√x. XLA rewrites JAX's derivative of it, and with it the root: two forwards of one program,
+  with a gradient and without, would then differ and both be paid for."""
+  return jax.lax.rsqrt(x)
+
+
+@_inverse_root.defjvp
+def _inverse_root_slope(at: tuple[Array], along: tuple[Array]) -> tuple[Array, Array]:
+  root = _inverse_root(*at)
+  return root, -0.5 * root * root * root * along[0]
+
+
 class Norm(nn.Module):
   """RMSNorm(x) = s ⊙ x / √(mean x² + ε) (Zhang & Sennrich 2019, arXiv 1910.07467), or LayerNorm.
 
@@ -188,7 +201,7 @@ class Norm(nn.Module):
     x = x.astype(wide)
     if self.kind == 'layer':
       x = x - jnp.mean(x, axis=-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+    x = x * _inverse_root(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
     x = x * (1 + scale if self.kind == 'rms_offset' else scale)
     if self.kind == 'layer':
       x = x + self.param('bias', nn.initializers.zeros, shape, wide)

@@ -88,7 +88,8 @@ def token_statistics(
     state, token, other = jax.tree.map(keep, part)
 
     def chosen(logp: Array) -> Array:
-      return jnp.take_along_axis(logp, token[..., None], -1)[..., 0]
+      # The gradient is a choice too: that of an index is a scatter, slow and on a GPU in any order.
+      return jnp.sum(jnp.where(jnp.arange(logp.shape[-1]) == token[..., None], logp, 0), -1)
 
     logp = log_softmax(head(state), temperature)
     spread = entropy(logp) if entropies else None

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rlhf_jax.ops import masks
@@ -21,8 +22,8 @@ class PairTargets(NamedTuple):
   goal: object  # the objective's own tree of [N, G, G] arrays
 
 
-def everyone(experience: Experience) -> Int[Array, 'B K']:
-  """All K responses of every prompt as one group.
+def everyone(experience: Experience) -> np.ndarray:
+  """All K responses of every prompt as one group: i32[B, K], known while it is traced.
 
   Raises:
     ValueError: there are fewer than two responses.
@@ -30,7 +31,7 @@ def everyone(experience: Experience) -> Int[Array, 'B K']:
   batch, count = experience.own.weights.shape
   if count < 2:
     raise ValueError(f'pairs need at least 2 responses a prompt, got {count}')
-  return jnp.broadcast_to(jnp.arange(count), (batch, count))
+  return np.broadcast_to(np.arange(count, dtype=np.int32), (batch, count))
 
 
 def best_worst(scores: Float[Array, 'B K']) -> Int[Array, 'B 2']:
@@ -38,7 +39,7 @@ def best_worst(scores: Float[Array, 'B K']) -> Int[Array, 'B 2']:
   return jnp.stack([jnp.argmax(scores, 1), jnp.argmin(scores, 1)], 1)
 
 
-def take(values: Float[Array, 'B K'], index: Int[Array, 'B G']) -> Float[Array, 'B G']:
+def take(values: Float[Array, 'B K'], index: Int[Array, 'B G'] | np.ndarray) -> Float[Array, 'B G']:
   """values[b, index[b, g]]."""
   return jnp.take_along_axis(values, index, 1)
 
@@ -110,18 +111,24 @@ def log_probs(logp: Float[Array, 'N G T'], examples: Examples) -> Float[Array, '
 
 def examples(
   experience: Experience,
-  index: Int[Array, 'B G'],
+  index: Int[Array, 'B G'] | np.ndarray,
   weight: Float[Array, 'B G G'],
   goal: object,
 ) -> Examples:
   """One group a prompt (N = B); an example weighs what its pairs do together."""
   own, rows = experience.own, jnp.arange(index.shape[0])[:, None]
+  # Behind a gather XLA would not know the rows of the scores again (`loop.one_program`).
+  all_of_them = isinstance(index, np.ndarray) and np.array_equal(index, everyone(experience))
+
+  def chosen(values: Array) -> Array:
+    return values if all_of_them else values[rows, index]
+
   return Examples(
     prompts=experience.prompts,
     prompt_attended=experience.prompt_attended,
-    responses=own.tokens[rows, index],
-    attended=own.attended[rows, index],
-    trained=own.trained[rows, index],
+    responses=chosen(own.tokens),
+    attended=chosen(own.attended),
+    trained=chosen(own.trained),
     weight=jnp.sum(weight, (1, 2)),
     targets=PairTargets(weight, jax.tree.map(jnp.asarray, goal)),
   )

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,21 @@ import numpy as np
 import optax
 from resident import resident
 
-from experiments import bench, catalogue
+from experiments import allocation, bench, catalogue
 from rlhf_jax import actor, experience, learner, loop, scoring, sharding
 from rlhf_jax.models import decoder, heads, huggingface
 from rlhf_jax.models.base import LanguageModel
 from rlhf_jax.objectives import OBJECTIVES
-from rlhf_jax.types import Array, Examples, Params, Prompts, Recording
+from rlhf_jax.types import (
+  Array,
+  Examples,
+  Experience,
+  Metrics,
+  Params,
+  Prompts,
+  Recording,
+  State,
+)
 
 
 class Rows:
@@ -40,16 +48,19 @@ class Rows:
 
     return model._replace(hidden=hidden)
 
-  def gradient(self, update: Callable, models: int) -> Callable:
-    """`update`, of the examples of which each row is read by so many `models`."""
+  def learned_from(self, given: loop.Setup) -> loop.Setup:
+    """What is read once there are targets, is read to learn from. In one program the policy's own
+    scores are no reading apart, if they are of the same rows."""
+    models = 1 if given.value_model is None else 2
 
-    def run(params: Params, state: Any, reference: Params, examples: Examples, *rest: Any) -> Any:
-      self.training, self.trained = True, models * examples.responses[..., 0].size
-      made = update(params, state, reference, examples, *rest)
-      self.training = False
+    def targets(held: State, seen: Experience) -> tuple[State, Examples, Metrics]:
+      made = given.objective.targets(held, seen)
+      self.training, self.trained = True, models * made[1].responses[..., 0].size
+      if loop.one_program(given) and made[1].responses.size == seen.own.tokens.size:
+        self.scored -= self.trained
       return made
 
-    return run
+    return given._replace(objective=given.objective._replace(targets=targets))
 
 
 def objective_of(spec: dict) -> Any:
@@ -83,6 +94,7 @@ def prompts_of(spec: dict) -> Prompts:
 
 
 def main() -> None:
+  allocation.keep()
   spec = json.loads(Path(sys.argv[1]).read_text(encoding='utf-8'))
   answers, sys.stdout = sys.stdout, sys.stderr
 
@@ -99,25 +111,26 @@ def main() -> None:
     trunk = dataclasses.replace(described, tied=True)
     critic = rows.watched(decoder.decoder(trunk, dtype, remat=spec['remat']))
     value = heads.on_trunk(policy, jnp.zeros((plain.width, 1), jnp.float32))
-  given = loop.Setup(
-    model=model,
-    objective=objective,
-    judging=experience.Judging(bench.odd()),
-    sample=actor.sampler(
-      model, max_tokens=spec['tokens'], end_tokens=(), mesh=sharding.data_mesh(1), truncates=False
-    ),
-    settings=actor.sampling(budget=spec['tokens']),
-    optimizer=optax.adamw(spec['learning_rate'], weight_decay=0.0),
-    schedule=learner.Schedule(microbatches=spec['microbatches']),
-    responses=spec['responses'],
-    opponents=1,
-    value_model=critic,
+  given = rows.learned_from(
+    loop.Setup(
+      model=model,
+      objective=objective,
+      judging=experience.Judging(bench.odd()),
+      sample=actor.sampler(
+        model, max_tokens=spec['tokens'], end_tokens=(), mesh=sharding.data_mesh(1), truncates=False
+      ),
+      settings=actor.sampling(budget=spec['tokens']),
+      optimizer=optax.adamw(spec['learning_rate'], weight_decay=0.0),
+      schedule=learner.Schedule(microbatches=spec['microbatches']),
+      responses=spec['responses'],
+      opponents=1,
+      value_model=critic,
+      together=True,
+    )
   )
   loop.check(given)
   state = loop.start(given, jax.random.key(spec['seed']), policy, policy, value)
   compiled = loop.functions(given)
-  readers = 1 if critic is None else 2
-  compiled = compiled._replace(update=rows.gradient(compiled.update, readers))
   answer(
     versions={'jax': jax.__version__, 'flax': flax.__version__, 'python': sys.version.split()[0]},
     mean_logp=mean_logp(plain, policy, spec),
