@@ -389,6 +389,7 @@ def on_devices(names, everywhere=EVERYWHERE):
       continue
     for mesh in MESHES if name in everywhere else ('mixed',):
       print(json.dumps([name, mesh, apart(name, items(MESHES[mesh]))]), flush=True)
+    jax.clear_caches()  # a process may map only so many programs
 
 
 # ---------------------------------------------------------------------------------------------
