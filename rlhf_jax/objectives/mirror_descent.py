@@ -13,7 +13,6 @@ and a pair's label is P(y > y') − 1/2: the same gradient, and no response more
 from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
-import numpy as np
 
 from rlhf_jax.anchors import Anchor, Frozen
 from rlhf_jax.objectives.base import Objective, stateless
@@ -26,7 +25,7 @@ def regress(
   experience: Experience,
   shares: Mapping[str, float],
   label: Array,
-  index: Array | np.ndarray,
+  index: pairs.Index,
   weight: Array,
 ) -> Examples:
   """Examples whose goal is Σ_a c_a log a(y)/a(y') + label; `label` and `weight` are f[B, G, G]."""

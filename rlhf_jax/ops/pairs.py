@@ -14,6 +14,8 @@ from jaxtyping import Array, Float, Int
 from rlhf_jax.ops import masks
 from rlhf_jax.types import Examples, Experience, Outputs, Responses
 
+Index = Array | np.ndarray  # i32[B, G]; which responses make a group
+
 
 class PairTargets(NamedTuple):
   """Targets of a loss on pairs."""
@@ -23,7 +25,7 @@ class PairTargets(NamedTuple):
 
 
 def everyone(experience: Experience) -> np.ndarray:
-  """All K responses of every prompt as one group: i32[B, K], known while it is traced.
+  """All K responses of every prompt as one group, [B, K]: known while it is traced.
 
   Raises:
     ValueError: there are fewer than two responses.
@@ -39,7 +41,7 @@ def best_worst(scores: Float[Array, 'B K']) -> Int[Array, 'B 2']:
   return jnp.stack([jnp.argmax(scores, 1), jnp.argmin(scores, 1)], 1)
 
 
-def take(values: Float[Array, 'B K'], index: Int[Array, 'B G'] | np.ndarray) -> Float[Array, 'B G']:
+def take(values: Float[Array, 'B K'], index: Index) -> Float[Array, 'B G']:
   """values[b, index[b, g]]."""
   return jnp.take_along_axis(values, index, 1)
 
@@ -111,7 +113,7 @@ def log_probs(logp: Float[Array, 'N G T'], examples: Examples) -> Float[Array, '
 
 def examples(
   experience: Experience,
-  index: Int[Array, 'B G'] | np.ndarray,
+  index: Index,
   weight: Float[Array, 'B G G'],
   goal: object,
 ) -> Examples:
