@@ -10,6 +10,7 @@ from experiments.studies import (
   nlhf,
   overoptimisation,
   ppo_kl,
+  prioritised_kl,
   sampling_bias,
   vbon,
 )
@@ -22,6 +23,7 @@ STUDIES: Mapping[str, Study] = {
   'inpo': inpo.STUDY,
   'dno': dno.STUDY,
   'ppo_kl': ppo_kl.STUDY,
+  'prioritised_kl': prioritised_kl.STUDY,
   'exploitability': exploitability.STUDY,
   'overoptimisation': overoptimisation.STUDY,
   'sampling_bias': sampling_bias.STUDY,

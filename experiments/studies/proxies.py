@@ -106,12 +106,15 @@ def noisy(answers: Answers, noise: float, seed: int) -> np.ndarray:
 def train(
   world: World, tokens: Array, attended: Array, labels: np.ndarray, size: Size, seed: int
 ) -> Params:
-  """Reward models on the same pairs, apart by the seed of head and order alone; [members, ...].
+  """Reward models with a head, pairs and an order of their own, on one trunk; [members, ...].
 
   Neighbours of the answers [B, K, S] are pairs, whose labels say whether the first is preferred.
+  They are dealt to the members in turn.
   """
   tokens, attended = (x.reshape(-1, 2, x.shape[-1]) for x in (tokens, attended))
-  label, count = jnp.asarray(labels, float), len(labels)
+  label, members = jnp.asarray(labels, float), size['members']
+  count = len(labels) // members
+  dealt = jnp.arange(count * members).reshape(count, members).T
   steps = count // BATCH * size['epochs']
   optimizer = optax.adam(optax.linear_schedule(size['proxy_rate'], 0.0, steps), b2=0.98)
   apply = heads.reward(world.model)
@@ -121,7 +124,7 @@ def train(
     scores = apply(params, *rows).reshape(-1, 2)
     return jnp.mean(reward_learning.bradley_terry(scores, label[chosen]))
 
-  def fit(key: Array) -> Params:
+  def fit(key: Array, own: Array) -> Params:
     head, order = jax.random.split(key)
     params = heads.on_trunk(world.policy, 0.3 * heads.normal(head, world.model.width))
 
@@ -132,14 +135,14 @@ def train(
 
     def epoch(carry: Any, key: Array) -> tuple[Any, None]:
       order = jax.random.permutation(key, count)[: count // BATCH * BATCH]
-      return jax.lax.scan(step, carry, order.reshape(-1, BATCH))
+      return jax.lax.scan(step, carry, own[order].reshape(-1, BATCH))
 
     keys = jax.random.split(order, size['epochs'])
     (params, _), _ = jax.lax.scan(epoch, (params, optimizer.init(params)), keys)
     return params
 
-  keys = jax.random.split(actor.role_key(jax.random.key(seed), 'proxies'), size['members'])
-  return jax.jit(jax.vmap(fit))(keys)
+  keys = jax.random.split(actor.role_key(jax.random.key(seed), 'proxies'), members)
+  return jax.jit(jax.vmap(fit))(keys, dealt)
 
 
 Score = Callable[[Params, Array, Array], Array]  # (proxies, i32[..., S], bool[..., S]) -> f[N, ...]
@@ -162,13 +165,12 @@ def proxy_judge(
   combine: ensemble.Combine,
   score: Score,
   members: Params,
-  centre: np.ndarray,
-  scale: np.ndarray,
+  unit: Callable[[Prompts, Array], Array],
 ) -> Judge:
-  """The members' rewards, each in its own unit on the reference's answers, as one."""
+  """The members' rewards f[N, B, K], brought to one `unit`, as one."""
 
   def rewards(prompts: Prompts, responses: Responses) -> Array:
     values = score(members, *joined(prompts.tokens, responses))
-    return combine((values - centre) / scale)
+    return combine(unit(prompts, values))
 
   return Judge(name, rewards, None)

@@ -17,6 +17,7 @@ from experiments.studies import (
   raters_gap,
   report,
   sampling_bias,
+  tracks,
 )
 from experiments.studies.base import Figure, Measured, Study
 from experiments.studies.catalogue import STUDIES
@@ -25,6 +26,7 @@ from rlhf_jax.evaluation.intervals import Interval
 from rlhf_jax.ops import best_of_n
 from rlhf_jax.reviews import judges
 from rlhf_jax.tabular import solvers
+from rlhf_jax.types import Prompts
 
 
 def toy(measured: list[int]) -> Study:
@@ -178,24 +180,32 @@ def test_best_of_n_is_the_packages_own_law_of_the_best_of_n():
 def track(*halves):
   """One nat from point to point."""
   gold, kl = np.array(halves), np.arange(len(halves[0]), dtype=float)
-  return overoptimisation.Track(kl, gold, gold.mean(0), kl)
+  return tracks.Track(kl, gold, gold.mean(0), kl)
 
 
 def test_a_peak_of_its_own_noise_loses_nothing():
   # The first half peaks at 1, where the second has .2 and ends at .3; the second at 2, where the
   # first has .5 and ends at .4: ((.2 − .3) + (.5 − .4))/2 = 0.
   noise = track([0.0, 0.9, 0.5, 0.4], [0.0, 0.2, 0.8, 0.3])
-  assert overoptimisation.lost(noise) == pytest.approx(0.0)
+  assert tracks.lost(noise) == pytest.approx(0.0)
   falling = track([0.0, 0.5, 0.2], [0.0, 0.6, 0.3])
-  assert overoptimisation.lost(falling) == pytest.approx(0.3)
+  assert tracks.lost(falling) == pytest.approx(0.3)
 
 
 def test_gold_turns_where_it_is_for_good_below_its_peak():
   # From .5 at 1 to .3 at 2, so .49 at 1.05 and .45 at 1.25; the dip before the peak is none.
   for way, place in (('best_of_n', 1.05), ('ppo', 1.25)):
-    assert overoptimisation.turn(way, track([0.4, 0.5, 0.3])) == pytest.approx(place, abs=1e-3)
-    assert overoptimisation.turn(way, track([0.4, 0.3, 0.5])) == 2
-    assert overoptimisation.turn(way, track([0.4, 0.5, 0.495])) == 2
+    assert tracks.turn(way, track([0.4, 0.5, 0.3])) == pytest.approx(place, abs=1e-3)
+    assert tracks.turn(way, track([0.4, 0.3, 0.5])) == 2
+    assert tracks.turn(way, track([0.4, 0.5, 0.495])) == 2
+
+
+def test_a_sampled_kl_is_not_below_zero_and_does_not_fall():
+  found = tracks.track({'gold': [[0.0] * 4] * 2, 'proxy': [0.0] * 4}, [-0.1, 0.3, 0.2, 0.4], 1)
+  np.testing.assert_allclose(found.kl, [0.0, 0.3, 0.3, 0.4])
+  # Means of three neighbours.
+  found = tracks.track({'gold': [[0.0] * 4] * 2, 'proxy': [0.0] * 4}, [-0.9, 0.3, 0.3, 0.6], 3)
+  np.testing.assert_allclose(found.kl, [0.0, 0.4])
 
 
 def test_what_is_kept_and_how_much_later_it_turns():
@@ -206,20 +216,38 @@ def test_what_is_kept_and_how_much_later_it_turns():
   curves = {
     'best_of_n': {
       'kl': [0.0, 1.0, 2.0],
-      **{name: curve(late, None) for name in overoptimisation.METHODS},
-      'single': curve(early, None),
+      **{name: [curve(late, None)] for name in overoptimisation.METHODS},
+      'single': [curve(early, None), curve(late, None)],
     },
     # Three rounds are one smoothed point: nothing turns and nothing is delayed.
     'ppo': {name: curve(late, [0.0, 1.0, 2.0]) for name in overoptimisation.METHODS},
   }
   found = overoptimisation.figures(curves)
   assert set(found) == set(overoptimisation.expected({'pool': 4}))
-  assert found['best_of_n_turn'] == pytest.approx(0.4)
-  assert found['best_of_n_proxy'] == pytest.approx(1.0)
-  assert found['best_of_n_worst_end'] == pytest.approx(0.4)
-  # The single proxy's falls by .4 a nat from 1 nat on; the other never does, up to 2.
-  assert found['best_of_n_worst_delay'] == pytest.approx(0.975, abs=1e-3)
+  # Of two single proxies one loses .4 while its proxy gains 1, and the other nothing.
+  assert found['best_of_n_turn'] == pytest.approx(0.2)
+  assert found['best_of_n_proxy'] == pytest.approx(0.5)
+  assert found['best_of_n_worst_end'] == pytest.approx(0.2)
+  # The one's falls by .4 a nat from 1 nat on, so .01 by 1.025; all others never do, up to 2.
+  assert found['best_of_n_worst_delay'] == pytest.approx(0.975 / 2, abs=1e-3)
   assert found['ppo_turn'] == found['ppo_worst_end'] == found['ppo_worst_delay'] == 0
+
+
+def test_members_in_one_unit_are_free_of_their_scale_and_of_a_constant_for_each_prompt():
+  # One member, and the same in another scale with constants of 5 and −7 at its two prompts.
+  one = np.array([[1.0, -1.0], [2.0, -2.0]])
+  rewards, scale = overoptimisation.in_units(np.stack([one, 3 * one + [[5.0], [-7.0]]]))
+  np.testing.assert_allclose(rewards[0], rewards[1])
+  np.testing.assert_allclose(rewards[0], one / 2.5**0.5)  # (1 + 1 + 4 + 4)/4
+  # Later answers, prompts the other way round: the reference's own mean is taken off by name.
+  asked = np.array([[8, 4], [8, 5]])
+  unit = overoptimisation.unit_of(asked, np.array([[0.0, 0.0], [5.0, -7.0]]), scale)
+  tokens = jnp.asarray(asked[::-1])
+  prompts = Prompts(tokens, jnp.ones(tokens.shape, bool), jnp.arange(2))
+  later = np.array([[4.0], [6.0]])
+  found = unit(prompts, jnp.asarray(np.stack([later, 3 * later + [[-7.0], [5.0]]])))
+  np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
+  np.testing.assert_allclose(found[0], later / 2.5**0.5, rtol=1e-6)
 
 
 # ---- who can be beaten -----------------------------------------------------------------------
