@@ -313,12 +313,8 @@ def test_an_untrained_end_leaves_the_references_second_token():
 # ---- all of them -----------------------------------------------------------------------------
 
 
-def marked(name):
-  """The study as a parameter; one compiles for a minute."""
-  return pytest.param(name, marks=pytest.mark.scale if name == 'vbon' else pytest.mark.slow)
-
-
-@pytest.mark.parametrize('name', [marked(name) for name in STUDIES])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', STUDIES)
 def test_every_study_runs_at_its_quick_size(name, tmp_path, capsys):
   argv = ['--config.quick=true', '--config.seeds=2', f'--config.workdir={tmp_path}']
   config = command_line.get_config(argv, STUDIES[name])
