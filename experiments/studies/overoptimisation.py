@@ -382,6 +382,6 @@ STUDY = Study(
     'has gold at equal KL. Everything was settled on draws 0 to 10, 100 and 101 (this form on 6, '
     '100 and 101 by best-of-N, on 100 by PPO); those reported are 200 and up, five at first, which '
     'left one figure open (uncertainty-weighted, KL at the turn of best-of-N: −.02 to 1.10), then '
-    'five more.'
+    'five more, by which that one is settled and the same of the worst case is not.'
   ),
 )
