@@ -334,7 +334,9 @@ def run(config: ConfigDict) -> None:
     'size': {'name': config.size, **size._asdict()},
     'dtype': config.dtype,
     'machine': {'before': before._asdict(), 'after': machine(7)._asdict()},
-    'manifest': metrics.manifest(seeds={}, command=sys.argv),
+    'manifest': metrics.manifest(
+      seeds={}, command=['python', '-m', 'third_party.trl.compare', *sys.argv[1:]]
+    ),
     'rows': rows,
   }
   (folder / 'compare.json').write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
