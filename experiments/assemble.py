@@ -18,17 +18,18 @@ from rlhf_jax import (
   actor,
   anchors,
   distributed,
+  lanes,
   learner,
-  loop,
   optimizers,
   players,
   prompts,
+  setups,
   sharding,
   tokens,
 )
 from rlhf_jax.judges import programmatic, texts
 from rlhf_jax.judges.base import Judge
-from rlhf_jax.models import adapters, families, huggingface, lora
+from rlhf_jax.models import adapters, families, huggingface, int8, lora
 from rlhf_jax.models.base import LanguageModel
 from rlhf_jax.objectives import OBJECTIVES, Objective
 from rlhf_jax.objectives.regularised import regularised
@@ -52,7 +53,7 @@ LEAST = {
 class Parts(NamedTuple):
   """A run, ready to start."""
 
-  setup: loop.Setup
+  setup: setups.Setup
   policy: Params  # what is learnt: of LoRA the adapters, beside `setup.base`
   reference: Params
   value: Params | None  # what the value function starts as, where there is one
@@ -231,8 +232,8 @@ def parts(config: ConfigDict) -> Parts:
   check_batch(config, split)
   kept = selection.replayed(config.selection.replay, config.batch)
   targets(config.lora, config.policy.checkpoint)
-  architecture.check(config, chosen)
-  offload = loop.Offload(config.memory.offload_reference, config.memory.offload_optimizer)
+  architecture.check(config, chosen, mesh)
+  offload = setups.Offload(config.memory.offload_reference, config.memory.offload_optimizer)
   if any(offload):
     sharding.check_memory()
   if config.policy.soup is not None:
@@ -244,8 +245,8 @@ def parts(config: ConfigDict) -> Parts:
   judges = judging.opened(config)
   chosen = judging.constrained(config, chosen, judges)
   # What the judges give is known: refuse it now, before a reference is trained or a model read.
-  loop.check(
-    loop.Setup(
+  setups.check(
+    setups.Setup(
       model=None,  # type: ignore[arg-type]
       objective=chosen,
       judging=judges.shape,
@@ -297,8 +298,10 @@ def parts(config: ConfigDict) -> Parts:
   base, policy, frozen = adapted(config.lora, directory, whole, config.seed)
   if config.policy.soup is not None:
     frozen = anchors.soup([whole, read(config.policy.soup, model)])
+  if architecture.in_int8(config, 'anchors'):
+    frozen = jax.jit(int8.rounded)(frozen)
   sample = actor.sampler(
-    model,
+    int8.acting(model) if architecture.in_int8(config, 'actor') else model,
     max_tokens=config.sampling.max_tokens,
     end_tokens=tokenizer.end_tokens,
     mesh=acting,
@@ -307,6 +310,8 @@ def parts(config: ConfigDict) -> Parts:
   if acting != mesh:
     there = sharding.Layout(acting, sharding.rules(acting, **heads))
     sample = actor.placed(sample, there, layout)
+  elif not config.mesh.ahead:  # lanes wait for what they draw
+    sample = lanes.spread(sample, lanes.cores(mesh))
 
   def calibrating(batch: Prompts) -> Responses:
     """Fresh responses of the reference, for judges that count from them."""
@@ -321,7 +326,7 @@ def parts(config: ConfigDict) -> Parts:
       responses=config.judge.reference_responses,
     )
 
-  setup = loop.Setup(
+  setup = setups.Setup(
     model=model,
     objective=chosen,
     judging=judges.load(

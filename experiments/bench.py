@@ -6,11 +6,11 @@
 
 A random Llama, random prompts, responses that never end and a judge that counts odd tokens: what is
 timed is the round and nothing else. Rates are shares of what this machine itself reaches in one
-large matrix product and one large copy, measured before and after.
+large matrix product and one large copy, measured before and after; of the update also a share of
+what its own products reach, each alone. Decoding is credited with what it must compute and read.
 """
 
 import json
-import resource
 import statistics
 import sys
 import time
@@ -24,11 +24,12 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from experiments import catalogue, costs
+from experiments import allocation, catalogue, parts, rates
 from experiments.launch import launch
-from rlhf_jax import actor, experience, learner, loop, metrics, players, sharding
+from rlhf_jax import actor, experience, lanes, learner, loop, metrics, players, setups, sharding
 from rlhf_jax.judges.base import Judge
-from rlhf_jax.models import decoder
+from rlhf_jax.models import decoder, int8
+from rlhf_jax.models.base import LanguageModel
 from rlhf_jax.objectives import OBJECTIVES
 from rlhf_jax.types import Array, Prompts, Recording
 
@@ -72,24 +73,6 @@ SIZES = {
 }
 
 
-class Peak(NamedTuple):
-  """What this machine reaches."""
-
-  products: float  # FLOP/s of one large matrix product
-  copies: float  # bytes/s read and written in one large copy
-
-
-class Part(NamedTuple):
-  """One compiled part of a round."""
-
-  calls: float  # a round
-  seconds: list[float]  # of all its calls, round by round
-  flops: float  # of its matrix products, a round
-  moved: float  # bytes that the compiler reads and writes, a round
-  temporary: int  # bytes alive at once beside its arguments
-  compiled: int  # how often it was compiled
-
-
 def get_config(argv: list[str]) -> ConfigDict:
   del argv
   config = ConfigDict()
@@ -101,32 +84,11 @@ def get_config(argv: list[str]) -> ConfigDict:
   config.responses = 1  # to a prompt, at least; an objective may need more
   config.repeats = LEAST
   config.dtype = 'float32'  # or 'bfloat16'
+  config.int8 = False  # matrices of the actor, and of anchors that never move, in 8 bits
   config.quick = False  # nash_md at the small size
   config.profile = False  # leave a trace of one round for JAX's profiler in the output
   config.output = 'runs/bench'  # bench.json, bench.md and the traces
   return config
-
-
-def machine(repeats: int, dtype: str = 'float32', side: int = 2048) -> Peak:
-  """The best of `repeats` matrix products of `side`³, and of copies of 16 `side`² numbers."""
-  square = jnp.ones((side, side), dtype)
-  long = jnp.ones((16 * side**2,), jnp.float32)
-  wide = jax.lax.Precision.HIGHEST if dtype == 'float32' else None
-  multiply = jax.jit(lambda x: jnp.dot(x, x, precision=wide))
-  copy = jax.jit(lambda x: x + 1)
-
-  def fastest(function: Callable[[Array], Array], given: Array) -> float:
-    jax.block_until_ready(function(given))
-    return min(timed(function, given) for _ in range(repeats))
-
-  return Peak(2 * side**3 / fastest(multiply, square), 2 * long.nbytes / fastest(copy, long))
-
-
-def timed(function: Callable[..., Any], *given: Any) -> float:
-  """Seconds until what it makes is there."""
-  since = time.perf_counter()
-  jax.block_until_ready(function(*given))
-  return time.perf_counter() - since
 
 
 def odd() -> Judge:
@@ -140,19 +102,20 @@ def odd() -> Judge:
 
 
 def setup(
-  name: str, size: Size, sequences: int, dtype: str, responses: int = 1
-) -> tuple[loop.Setup, Prompts]:
+  name: str, size: Size, sequences: int, dtype: str, responses: int = 1, devices: int = 1
+) -> tuple[setups.Setup, Prompts]:
   """One objective's round: as many prompts as `sequences` rows need, at least one.
 
-  A prompt has `responses`, or more where the objective needs them.
+  A prompt has `responses`, or more where the objective needs them. Rows are split over `devices`.
   """
   objective = catalogue.objective_of(name)
   siblings = objective.opponent is players.SIBLINGS
   least = max(2 if siblings else 1, objective.least_responses, responses)
   batch = max(1, sequences // least)
   described = size.described()
-  model = decoder.decoder(described, jnp.dtype(dtype), remat=size.remat)
-  mesh = sharding.data_mesh(1)
+  mesh = sharding.data_mesh(devices)
+  layout = sharding.Layout(mesh) if devices > 1 else None
+  model = decoder.decoder(described, jnp.dtype(dtype), remat=size.remat, layout=layout)
   random = np.random.default_rng(0)
   tokens = random.integers(0, size.vocab, (batch, size.asked), np.int32)
   recorded = None
@@ -175,11 +138,11 @@ def setup(
     None,
     recorded,
   )
-  return loop.Setup(
+  return setups.Setup(
     model=model,
     objective=objective,
     judging=experience.Judging(odd()),
-    sample=actor.sampler(model, max_tokens=size.tokens, end_tokens=(), mesh=mesh, truncates=False),
+    sample=sampler(model, size, mesh),
     settings=actor.sampling(budget=size.tokens),
     optimizer=optax.adamw(1e-5, eps=1e-5),
     schedule=learner.Schedule(microbatches=size.microbatches),
@@ -189,99 +152,97 @@ def setup(
   ), prompts
 
 
-class Watched:
-  """A compiled function that notes how long its calls took, and for which shapes they were."""
-
-  def __init__(self, function: Any) -> None:
-    self.function = function
-    self.seconds: list[float] = []
-    self.shapes: list[tuple[tuple, dict[str, Any]]] = []
-
-  def __call__(self, *given: Any, **static: Any) -> Any:
-    # Shapes before the call: it may donate its arguments.
-    self.shapes.append((jax.tree.map(_shape, given), static))
-    since = time.perf_counter()
-    made = jax.block_until_ready(self.function(*given, **static))
-    self.seconds.append(time.perf_counter() - since)
-    return made
+def rounding(given: setups.Setup, size: Size) -> setups.Setup:
+  """The same with an actor whose matrices have eight bits."""
+  model = int8.acting(given.model)
+  return given._replace(model=model, sample=sampler(model, size, sharding.data_mesh(1)))
 
 
-def _shape(leaf: Any) -> Any:
-  if isinstance(leaf, jax.Array | np.ndarray):
-    weak = getattr(leaf, 'weak_type', False)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=weak)
-  return leaf
+def sampler(model: LanguageModel, size: Size, mesh: sharding.Mesh) -> Callable[..., Any]:
+  """As a run has it, of responses that never end."""
+  one = actor.sampler(model, max_tokens=size.tokens, end_tokens=(), mesh=mesh, truncates=False)
+  return lanes.spread(one, lanes.cores(mesh))
 
 
 def bench(
-  name: str, size: Size, config: ConfigDict, peak: Peak, trace: Path | None
+  name: str, size: Size, config: ConfigDict, peak: rates.Peak, trace: Path | None
 ) -> dict[str, Any]:
   """One objective. Every other round is timed whole, and those between them part by part, in which
   the policy's scores are a forward of their own."""
+  allocation.forget()
   given, prompts = setup(name, size, config.sequences, config.dtype, config.responses)
-  loop.check(given)
+  if config.int8:
+    given = rounding(given, size)
+  setups.check(given)
   policy = sharding.replicate(given.model.init(jax.random.key(0)), sharding.data_mesh(1))
-  state = loop.start(given, jax.random.key(0), policy, policy)
-  plain = loop.functions(given)
-  watched = {part: Watched(function) for part, function in plain._asdict().items()}
-  watched['sample'] = Watched(given.sample)
-  parts = loop.Functions(**{part: watched[part] for part in plain._fields})
+  frozen = jax.jit(int8.rounded)(policy) if config.int8 else policy
+  state = setups.start(given, jax.random.key(0), policy, frozen)
+  plain = setups.functions(given)
+  watched = {part: parts.Watched(function) for part, function in plain._asdict().items()}
+  watched['sample'] = parts.Watched(given.sample)
+  noted = setups.Functions(**{part: watched[part] for part in plain._fields})
+  apart = given._replace(sample=watched['sample'], together=False)
 
   since = time.perf_counter()
-  state, figures, _ = loop.play(given, plain, state, prompts)
+  state, figures, _ = loop.play(apart._replace(together=given.together), noted, state, prompts)
   jax.block_until_ready(state)
   compiling = time.perf_counter() - since
+  resident: dict[str, int | None] = {'compiling': allocation.resident(), 'rounds': None}
+  if allocation.forget():
+    state, figures, _ = loop.play(given, plain, state, prompts)
+    jax.block_until_ready(state)
+    resident['rounds'] = allocation.resident()
 
   whole: list[float] = []
-  apart = given._replace(sample=watched['sample'], together=False)
+  state, figures, _ = loop.play(apart, noted, state, prompts)  # compiles what stands alone here
+  for one in watched.values():
+    one.clear()
   for _ in range(config.repeats):
     since = time.perf_counter()
     state, figures, _ = loop.play(given, plain, state, prompts)
     jax.block_until_ready(state)
     whole.append(time.perf_counter() - since)
-    state, figures, _ = loop.play(apart, parts, state, prompts)
+    state, figures, _ = loop.play(apart, noted, state, prompts)
   if trace is not None:
     with jax.profiler.trace(str(trace)):
       state, figures, _ = loop.play(given, plain, state, prompts)
       jax.block_until_ready(state)
-  found = {part: costed(one, config.repeats, size) for part, one in watched.items() if one.seconds}
+  found = {
+    part: parts.costed(one, config.repeats, size.tokens)
+    for part, one in watched.items()
+    if one.seconds
+  }
   found['prefill'] = prefilled(given, state, prompts, config.repeats)
-  return told(name, given, prompts, found, whole, compiling, figures, peak)
+  if 'sample' in found:
+    need = parts.decoding(given, state.params['policy'], prompts)
+    found['sample'] = found['sample']._replace(flops=need.flops, moved=need.weights + need.cache)
+  row = told(name, given, prompts, found, whole, compiling, figures, peak)
+  row['parts']['update'] |= parts.against_its_products(found['update'], config.repeats)
+  return {**row, 'resident': resident}
 
 
-def costed(one: Watched, repeats: int, size: Size) -> Part:
-  """What a part took in each round, and what the compiler says of it."""
-  calls = len(one.seconds) // repeats
-  seconds = np.reshape(one.seconds, (repeats, calls)).sum(1).tolist()
-  flops, moved, temporary = 0.0, 0.0, 0
-  for given, static in one.shapes[:calls]:
-    traced = one.function.trace(*given, **static)
-    compiled = traced.lower().compile()
-    flops += sum(costs.products(traced.jaxpr.jaxpr, most=size.tokens).values())
-    moved += costs.traffic(compiled.as_text()).memory
-    temporary = max(temporary, compiled.memory_analysis().temp_size_in_bytes)
-  return Part(calls, seconds, flops, moved, temporary, one.function._cache_size())
-
-
-def prefilled(given: loop.Setup, state: loop.RunState, prompts: Prompts, repeats: int) -> Part:
+def prefilled(
+  given: setups.Setup, state: setups.RunState, prompts: Prompts, repeats: int
+) -> parts.Part:
   """The prompts' own forward, as one member of a player reads them."""
-  one = Watched(jax.jit(given.model.prefill))
+  one = parts.Watched(jax.jit(given.model.prefill))
   arguments = state.params['policy'], prompts.tokens, prompts.attended
-  for _ in range(repeats + 1):
+  one(*arguments)
+  one.clear()
+  for _ in range(repeats):
     one(*arguments)
-  one.seconds, one.shapes = one.seconds[1:], one.shapes[1:]
-  return costed(one, repeats, Size(0, 0, 1, 1))
+  return parts.costed(one, repeats, 1)
 
 
 def told(
   name: str,
-  given: loop.Setup,
+  given: setups.Setup,
   prompts: Prompts,
-  found: dict[str, Part],
+  found: dict[str, parts.Part],
   whole: Sequence[float],
   compiling: float,
   figures: dict[str, Any],
-  peak: Peak,
+  peak: rates.Peak,
 ) -> dict[str, Any]:
   """One objective's row in plain numbers: seconds, FLOPs, bytes, and shares of the peak."""
   rows: dict[str, Any] = {}
@@ -320,7 +281,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
   """The objectives beside each other, milliseconds."""
   parts = ('prefill', 'sample', 'score', 'targets', 'update')
   names = ['objective', 'rows', 'round, ms', 'spread', *(f'{part}, ms' for part in parts)]
-  names += ['tokens/s', 'update, share of the peak', 'first round, s', 'log-prob gap']
+  names += ['tokens/s', 'update, share of the peak', 'of its kernels alone']
+  names += ['first round, s', 'log-prob gap']
   lines = [names, ['---', *['---:'] * (len(names) - 1)]]
   for row in rows:
     cells = [row['objective'], f'{row["prompts"]} x {row["responses"]}']
@@ -329,9 +291,32 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
       one = row['parts'].get(part)
       cells.append('' if one is None else f'{1e3 * one["seconds"]:.1f}')
     rate = row.get('decode_tokens_per_second')
-    cells += ['' if rate is None else f'{rate:.0f}', f'{row["parts"]["update"]["flops_share"]:.2f}']
+    cells.append('' if rate is None else f'{rate:.0f}')
+    cells += [f'{row["parts"]["update"][key]:.2f}' for key in ('flops_share', 'kernels_share')]
     lines.append([*cells, f'{row["first"]:.1f}', f'{row["logp_gap"]:.1e}'])
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def told_update(row: dict[str, Any]) -> str:
+  update = row['parts']['update']
+  kernels, attention = (1e3 * update[key]['seconds'] for key in ('kernels', 'attention'))
+  share = update['kernels']['flops'] / update['flops']
+  return (
+    f'Update of {row["objective"]}: {1e3 * update["seconds"]:.1f} ms. Alone, its products with '
+    f"kernels, {share:.0%} of its FLOPs, take {kernels:.1f}, and attention's {attention:.1f}."
+  )
+
+
+def most_resident(rows: Sequence[dict[str, Any]]) -> dict[str, int | None]:
+  """The most of all objectives, while compiling (first round and all) and in the rounds after."""
+  found = {key: [row['resident'][key] for row in rows] for key in ('compiling', 'rounds')}
+  return {key: None if None in sizes else max(sizes) for key, sizes in found.items()}
+
+
+def told_resident(resident: dict[str, int | None]) -> str:
+  names = {'imported': 'after import', 'compiling': 'while compiling', 'rounds': 'in the rounds'}
+  known = {key: size for key, size in resident.items() if size is not None}
+  return ', '.join(f'{size / 2**20:.0f} {names[key]}' for key, size in known.items())
 
 
 def run(config: ConfigDict) -> None:
@@ -355,21 +340,22 @@ def run(config: ConfigDict) -> None:
     raise ValueError(f'dtype must be float32 or bfloat16, got {config.dtype!r}')
   folder, size = Path(config.output), SIZES[config.size]
   folder.mkdir(parents=True, exist_ok=True)
-  before, rows = machine(config.repeats), []
-  for name in names:
-    print(f'{name} ...', file=sys.stderr, flush=True)
-    trace = folder / f'trace_{name}' if config.profile else None
-    rows.append(bench(name, size, config, before, trace))
-  after = machine(config.repeats)
-  resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-    1 if sys.platform == 'darwin' else 1024
-  )
+  imported = allocation.resident()
+  with parts.uncached():
+    before, rows = rates.machine(config.repeats), []
+    for name in names:
+      print(f'{name} ...', file=sys.stderr, flush=True)
+      trace = folder / f'trace_{name}' if config.profile else None
+      rows.append(bench(name, size, config, before, trace))
+      jax.clear_caches()  # or the next one's memory would be this one's programs as well
+    after = rates.machine(config.repeats)
+  resident = {'imported': imported, **most_resident(rows)}
   record = {
     'command': ' '.join(['python -m experiments.bench', *sys.argv[1:]]),
     'size': {'name': config.size, **size._asdict()},
     'dtype': config.dtype,
     'machine': {'before': before._asdict(), 'after': after._asdict()},
-    'resident_bytes': resident,
+    'resident': resident,
     'manifest': metrics.manifest(seeds={}, command=sys.argv),
     'objectives': rows,
   }
@@ -378,8 +364,9 @@ def run(config: ConfigDict) -> None:
     f'{one.products / 1e9:.0f} GFLOP/s and {one.copies / 1e9:.1f} GB/s {when}'
     for one, when in ((before, 'before'), (after, 'after'))
   )
-  text = f'{table(rows)}\n\nPeak of this machine: {peaks}. '
-  text += f'Largest resident set: {resident / 2**20:.0f} MiB.\n'
+  text = f'{table(rows)}\n\n' + '\n'.join(map(told_update, rows))
+  text += f'\n\nPeak of this machine: {peaks}. '
+  text += f'Largest resident set, MiB: {told_resident(resident)}.\n'
   (folder / 'bench.md').write_text(text, encoding='utf-8')
   print(text)
 

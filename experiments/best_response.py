@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from experiments import fragments
-from rlhf_jax import anchors, learner, loop, optimizers, players
+from rlhf_jax import anchors, learner, loop, optimizers, players, setups
 from rlhf_jax.experience import Judging
 from rlhf_jax.judges.base import Judge
 from rlhf_jax.models.base import LanguageModel
@@ -62,7 +62,7 @@ def trainer(
 
   It compiles once for all policies.
   """
-  setup = loop.Setup(
+  setup = setups.Setup(
     model=model,
     objective=objective(tau),
     judging=Judging(judge, link='compare'),
@@ -73,12 +73,12 @@ def trainer(
     responses=config.responses,
     opponents=config.opponents,
   )
-  compiled = loop.functions(setup)
+  compiled = setups.functions(setup)
 
   def train(
     policy: Params, reference: Params, prompts: Callable[[int], Prompts], key: jax.Array
   ) -> Params:
-    state = loop.start(setup, key, policy, reference)
+    state = setups.start(setup, key, policy, reference)
     state = state._replace(anchors={**state.anchors, RIVAL: policy})
     given = {'rounds': config.rounds, 'prompts': prompts, 'compiled': compiled}
     return loop.run(setup, state, after=lambda *_: None, **given).params['policy']

@@ -60,6 +60,37 @@ class Traffic(NamedTuple):
   sent: dict[str, float]  # by kind of collective, on a ring
 
 
+class Factor(NamedTuple):
+  """One side of a matrix product."""
+
+  shape: tuple[int, ...]
+  dtype: str
+
+
+class Product(NamedTuple):
+  """A matrix product, as `jax.lax.dot_general` is asked for it."""
+
+  left: Factor
+  right: Factor
+  dimensions: Any
+  precision: Any
+  preferred: Any
+
+  @property
+  def batched(self) -> bool:
+    """Whether it is many small ones, as attention's are."""
+    return bool(self.dimensions[1][0])
+
+  @property
+  def flops(self) -> float:
+    """Two for each product and sum."""
+    (_, other), (_, batch) = self.dimensions
+    columns = math.prod(self.right.shape) // math.prod(
+      self.right.shape[axis] for axis in (*other, *batch)
+    )
+    return 2.0 * math.prod(self.left.shape) * columns
+
+
 Program = Mapping[str, Mapping[str, Instruction]]  # computation -> name -> instruction
 
 
@@ -236,28 +267,36 @@ def _read_of(program: Program, inside: Mapping[str, Instruction], name: str) -> 
 
 
 def products(jaxpr: Any, *, most: int) -> dict[str, float]:
-  """FLOPs of the matrix products of a traced program on all devices, by the type of its factors.
-
-  Two for each product and sum. What differentiation runs again counts again. A loop of unknown end
-  runs `most` times; of the branches of a choice the costliest is taken.
-  """
+  """FLOPs of the matrix products of a traced program on all devices, by the type of its factors."""
   found: dict[str, float] = defaultdict(float)
+  for one, times in dots(jaxpr, most=most).items():
+    found[one.left.dtype] += times * one.flops
+  return dict(found)
 
-  def add(other: Mapping[str, float], times: float) -> None:
-    for kind, value in other.items():
-      found[kind] += times * value
+
+def dots(jaxpr: Any, *, most: int) -> dict[Product, float]:
+  """The matrix products of a traced program on all devices, and how often each is made.
+
+  What differentiation runs again counts again. A loop of unknown end runs `most` times; of the
+  branches of a choice the costliest is taken.
+  """
+  found: dict[Product, float] = defaultdict(float)
+
+  def add(other: Mapping[Product, float], times: float) -> None:
+    for one, value in other.items():
+      found[one] += times * value
 
   for equation in jaxpr.eqns:
     name, given = equation.primitive.name, equation.params
     if name == 'dot_general':
-      left, right = (variable.aval for variable in equation.invars)
-      (contracted, _), _ = given['dimension_numbers']
-      inner = math.prod(left.shape[axis] for axis in contracted)
-      found[str(right.dtype)] += 2.0 * inner * equation.outvars[0].aval.size
+      left, right = (Factor(v.aval.shape, str(v.aval.dtype)) for v in equation.invars)
+      settled = given['precision'], given['preferred_element_type']
+      found[Product(left, right, given['dimension_numbers'], *settled)] += 1
       continue
-    inside = [products(part, most=most) for part in _parts(given)]
+    inside = [dots(part, most=most) for part in _parts(given)]
     if name == 'cond':
-      add(max(inside, key=lambda part: sum(part.values()), default={}), 1)
+      cost = lambda part: sum(times * one.flops for one, times in part.items())  # noqa: E731
+      add(max(inside, key=cost, default={}), 1)
       continue
     times = {'scan': given.get('length'), 'while': most}.get(name, 1)
     if name == 'shard_map':

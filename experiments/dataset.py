@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import actor, distributed, experience, loop, players, prompts, recordings
+from rlhf_jax import actor, distributed, experience, players, prompts, recordings, setups
 from rlhf_jax.judges import texts
 from rlhf_jax.tokens import Tokenizer
 from rlhf_jax.types import Array, Params, Prompts, Recording, Responses
@@ -65,7 +65,7 @@ def recorded(
 
 
 def drawn(
-  setup: loop.Setup,
+  setup: setups.Setup,
   reference: Params,
   training: Sequence[prompts.Row],
   serve: Callable[[list[prompts.Row]], Sequence[Prompts]],

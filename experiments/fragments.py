@@ -30,6 +30,7 @@ def experiment(name: str, *, judge: str, **objective) -> ConfigDict:
   config.policy.soup = placeholder(str)  # another one of the same shapes: μ is the average of both
   config.lora = lora()
   config.model = model()
+  config.model.int8 = 'none'  # matrices in 8 bits: of 'anchors' that never move, 'actor' or 'both'
   config.value = ConfigDict()  # of objectives that learn a value
   config.value.model = 'head'  # on the policy's states; 'policy': a copy of it; or a reward model
   config.value.init = 'zeros'  # of a new head: 'zeros', 'normal' (1/√(D+1)) or 'small' (0.02)
@@ -49,7 +50,8 @@ def experiment(name: str, *, judge: str, **objective) -> ConfigDict:
   config.optimizer = optimizer(learning_rate=5e-4)
   config.learner = ConfigDict({'passes': 1, 'minibatches': 1, 'microbatches': 1})
   config.learner.nonfinite = 'stop'  # 'skip' leaves out steps whose loss or gradient is no number
-  config.together = True  # scores, targets and update in one program, where loop.one_program holds
+  config.learner.length_buckets = 1  # n: rows are run at T/n, 2T/n, ..., T; each is compiled
+  config.together = True  # scores, targets, update: one program, where setups.one_program holds
   config.evaluate = ConfigDict()
   config.evaluate.every = 20  # rounds; also the first and the last
   config.evaluate.prompts = '128'  # held-out prompts: so many split off by hash, or a JSONL file
@@ -133,6 +135,7 @@ def model() -> ConfigDict:
       'dtype': 'float32',  # of products and activations; or 'bfloat16'
       'remat': 'none',  # keeps all activations; 'dots': products; 'layer': each layer's input
       'scan': False,  # compile one layer and loop over it
+      'attention': 'xla',  # 'cudnn' on a GPU, 'splash' on a TPU: one kernel of whole rows, bfloat16
     }
   )
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from experiments.architecture import DTYPES
-from rlhf_jax import distributed, loop, players, sharding
+from rlhf_jax import distributed, players, setups, sharding
 from rlhf_jax.experience import Judging
 from rlhf_jax.judges import (
   ensemble,
@@ -107,7 +107,7 @@ def constrained(config: ConfigDict, objective: Objective, judges: Opened) -> Obj
   return under_constraints(objective, at_least=least, rate=config.judge.multiplier_rate)
 
 
-def questions(config: ConfigDict, setup: loop.Setup, heldout: Sequence[Prompts]) -> str:
+def questions(config: ConfigDict, setup: setups.Setup, heldout: Sequence[Prompts]) -> str:
   """The most that a run asks of a remote judge, in one sentence: somebody pays for it."""
   objective, pairwise = setup.objective, setup.judging.judge.wins is not None
   own, prompts = config.responses, sum(batch.tokens.shape[0] for batch in heldout)

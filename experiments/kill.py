@@ -28,7 +28,7 @@ from ml_collections.config_dict import placeholder
 
 from experiments import assemble
 from experiments.launch import kept_compiled, launch, parse
-from rlhf_jax import checkpoints, loop, metrics
+from rlhf_jax import checkpoints, loop, metrics, setups
 
 PHASES = ('rollout', 'judging', 'update', 'checkpoint write')
 NEXT = {'rollout': 'judging', 'judge': 'update', 'update': 'evaluation and rows'}
@@ -158,14 +158,14 @@ def compare(name: str, whole: Path, killed: Path, flags: list[str]) -> dict[str,
   }
 
 
-def final_state(name: str, workdir: Path, flags: list[str]) -> loop.RunState:
+def final_state(name: str, workdir: Path, flags: list[str]) -> setups.RunState:
   """The newest checkpoint of a run of `flags`."""
   argv = [f'--config.workdir={workdir}', *flags]
   config = parse(import_module(f'experiments.{name}').get_config(argv), argv)
   with kept_compiled(config):
     parts = assemble.parts(config)
     key = jax.random.key(config.seed)
-    state = loop.start(parts.setup, key, parts.policy, parts.reference, parts.value)
+    state = setups.start(parts.setup, key, parts.policy, parts.reference, parts.value)
   return checkpoints.restore(workdir / 'checkpoints', checkpoints.shapes(state)).state
 
 

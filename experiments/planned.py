@@ -16,7 +16,7 @@ import jax
 
 from experiments import costs, shapes
 from experiments.shapes import Model
-from rlhf_jax import loop, players, sharding
+from rlhf_jax import loop, players, setups, sharding
 from rlhf_jax.models import lora
 
 SHORT = (
@@ -187,7 +187,7 @@ def short(message: str) -> float | None:
   return None
 
 
-def written(setup: loop.Setup) -> int:
+def written(setup: setups.Setup) -> int:
   """Texts of a round to each prompt, which a pointwise judge reads."""
   siblings = isinstance(setup.objective.opponent, players.Siblings)
   others = 0 if siblings or setup.objective.opponent is None else setup.opponents
@@ -218,7 +218,7 @@ def compiled(
   compiler = Compiler(model, int(model.setup.settings.budget) - 1, say, known)
   functions = {
     name: compiler(name, function)
-    for name, function in loop.functions(model.setup)._asdict().items()
+    for name, function in setups.functions(model.setup)._asdict().items()
   }
   counted, together = {'rollout/tokens': 1.0}, functions['together']  # is divided by a time
   functions['statistics'] = lambda _: counted
@@ -229,7 +229,7 @@ def compiled(
 
   functions['together'] = at_once
   setup = model.setup._replace(sample=compiler('rollout', model.setup.sample))
-  loop.play(setup, loop.Functions(**functions), model.state, model.prompts)
+  loop.play(setup, setups.Functions(**functions), model.state, model.prompts)
   if model.reward is not None:
     apply, params, rows = model.reward
     compiler('reward model', apply)(params, *rows)

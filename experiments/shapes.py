@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from experiments import architecture, assemble, selection
-from rlhf_jax import actor, anchors, loop, players, sharding
+from rlhf_jax import actor, anchors, players, setups, sharding
 from rlhf_jax.experience import Judging
 from rlhf_jax.judges import reward_model
 from rlhf_jax.judges.base import Judge
-from rlhf_jax.models import heads, lora
+from rlhf_jax.models import heads, int8, lora
 from rlhf_jax.models.base import LanguageModel
 from rlhf_jax.models.decoder import DecoderConfig
 from rlhf_jax.objectives import Objective
@@ -29,8 +29,8 @@ class Model(NamedTuple):
   """What the shapes of a round follow from."""
 
   described: DecoderConfig
-  setup: loop.Setup
-  state: loop.RunState  # shapes, placed
+  setup: setups.Setup
+  state: setups.RunState  # shapes, placed
   prompts: Prompts  # shapes, placed
   reward: tuple[reward_model.Apply, Params, tuple] | None  # with what it takes: shapes, placed
   layout: sharding.Layout
@@ -87,13 +87,15 @@ def model(
       f'prompt_tokens and responses have {longest} tokens, the context of the model is '
       f'{policy.context}'
     )
-  architecture.check(config, chosen)
+  architecture.check(config, chosen, mesh)
   rules = sharding.rules(mesh, heads=policy.heads, kv_heads=policy.kv_heads)
   layout = sharding.Layout(mesh, rules)
   functions = architecture.model(config, policy, layout)
   setup = _setup(config, chosen, functions, layout)
   whole = jax.eval_shape(functions.init, jax.random.key(0))
   base, learnt, reference = _adapted(config, whole)
+  if architecture.in_int8(config, 'anchors'):
+    reference = jax.eval_shape(int8.rounded, reference)
   params = {'policy': learnt}
   if 'value' in chosen.needs:
     head = functools.partial(heads.init_value_head, policy.width)
@@ -105,7 +107,7 @@ def model(
   copies = jax.eval_shape(functools.partial(anchors.start, chosen.anchors), learnt, reference)
   optimizer = jax.eval_shape(setup.optimizer.init, params)
   memory = sharding.HOST if config.memory.offload_optimizer else None
-  state = loop.RunState(
+  state = setups.RunState(
     round=jnp.int32(0),
     key=jax.random.key_data(jax.random.key(config.seed)),
     params=placed(params, layout),
@@ -136,17 +138,17 @@ def _judge(
 
 def _setup(
   config: ConfigDict, chosen: Objective, functions: LanguageModel, layout: sharding.Layout
-) -> loop.Setup:
+) -> setups.Setup:
   def rewards(prompts: Prompts, rows: Any) -> jax.Array:
     del prompts
     return jnp.zeros(rows.tokens.shape[:2])
 
-  setup = loop.Setup(
+  setup = setups.Setup(
     model=functions,
     objective=chosen._replace(select=None),  # reads numbers; all comparisons have the same shapes
     judging=Judging(Judge('judge', rewards, None)),
     sample=actor.sampler(
-      functions,
+      int8.acting(functions) if architecture.in_int8(config, 'actor') else functions,
       max_tokens=config.sampling.max_tokens,
       end_tokens=(END,),
       mesh=layout.mesh,
@@ -157,10 +159,10 @@ def _setup(
     schedule=assemble.schedule(config),
     responses=config.responses,
     opponents=config.opponents,
-    offload=loop.Offload(optimizer=config.memory.offload_optimizer),
+    offload=setups.Offload(optimizer=config.memory.offload_optimizer),
     together=assemble.together(config),
   )
-  loop.check(setup)
+  setups.check(setup)
   return setup
 
 

@@ -27,7 +27,7 @@ from ml_collections.config_dict import placeholder
 from experiments import assemble, fragments
 from experiments.launch import launch, objective_name
 from experiments.tabular_settings import SETTINGS, Settings
-from rlhf_jax import actor, loop, metrics, players, sharding
+from rlhf_jax import actor, loop, metrics, players, setups, sharding
 from rlhf_jax.experience import Judging
 from rlhf_jax.tabular import answers, exact, games, judge, recordings, solvers, table
 from rlhf_jax.types import Prompts
@@ -85,7 +85,7 @@ def run(config: ConfigDict) -> None:
     sample = enumerate_
   else:
     sample = actor.sampler(model, max_tokens=config.tokens, end_tokens=(), mesh=mesh)
-  setup = loop.Setup(
+  setup = setups.Setup(
     model=model,
     objective=objective,
     judging=Judging(judge.judge(played, config.tokens), config.link),
@@ -96,9 +96,9 @@ def run(config: ConfigDict) -> None:
     responses=config.responses,
     opponents=config.opponents,
   )
-  loop.check(setup)
+  setups.check(setup)
   reference = sharding.replicate(model.init(jax.random.key(config.seed)), mesh)
-  state = loop.start(setup, jax.random.key(config.seed), reference, reference)
+  state = setups.start(setup, jax.random.key(config.seed), reference, reference)
   every = np.arange(batch * config.rounds, dtype=np.int32).reshape(config.rounds, batch)
   seen = np.ones((batch, 1), bool)
   writer = None if config.workdir is None else metrics.open_metrics(config.workdir)
@@ -122,7 +122,7 @@ def run(config: ConfigDict) -> None:
     tokens = (ordinals % len(played))[:, None]
     return Prompts(tokens, seen, ordinals, recorded=recorded)  # type: ignore
 
-  def after(round_: int, state: loop.RunState, figures: dict[str, float], _) -> None:
+  def after(round_: int, state: setups.RunState, figures: dict[str, float], _) -> None:
     del state
     if writer is not None:
       writer.write(round_, figures)

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from experiments import assemble, comparison, evaluate_report, judging
+from experiments import architecture, assemble, comparison, evaluate_report, judging
 from experiments.launch import command, leaves
-from rlhf_jax import actor, checkpoints, distributed, loop, metrics, survival
+from rlhf_jax import actor, checkpoints, distributed, loop, metrics, setups, survival
 from rlhf_jax.evaluation import held_out, report
 from rlhf_jax.evaluation.held_out import HeldOut, Pooled
 from rlhf_jax.judges import texts
@@ -51,7 +51,9 @@ def _run(config: ConfigDict) -> None:
       return
   parts = assemble.parts(config)
   setup = parts.setup
-  state = loop.start(setup, jax.random.key(config.seed), parts.policy, parts.reference, parts.value)
+  state = setups.start(
+    setup, jax.random.key(config.seed), parts.policy, parts.reference, parts.value
+  )
   if checkpoints.rounds(saves):
     target = checkpoints.shapes(state)
     del state  # one state in memory, not two
@@ -80,18 +82,25 @@ def _run(config: ConfigDict) -> None:
     assemble.say(judging.questions(config, setup, parts.heldout))
   if setup.base is not None:
     assemble.say(lora.describe(setup.base, state.params, state.optimizer))
+  rounding: dict[str, float] = {}  # what int8 changes, once a run
+  if done is None and config.model.int8 != 'none':
+    line, rounding = architecture.rounding(setup.model, _sides(setup, state)[0], parts.heldout[0])
+    assemble.say(line)
   found: HeldOut | None = None
   saver = checkpoints.open_saver(saves, keep=config.checkpoint.keep, figure='evaluate/win_rate')
   progress = metrics.open_progress(config.rounds, done=done or 0)
 
-  def held(state: loop.RunState) -> HeldOut:
+  def held(state: setups.RunState) -> HeldOut:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.round)
     return evaluate(*_sides(setup, state), key)
 
-  def after(round_: int, state: loop.RunState, figures: dict[str, float], seen: Experience) -> bool:
+  def after(
+    round_: int, state: setups.RunState, figures: dict[str, float], seen: Experience
+  ) -> bool:
     nonlocal found
     del seen
     saver.check()
+    figures |= rounding if round_ == 0 else {}
     last = round_ + 1 == config.rounds
     if round_ % config.evaluate.every == 0 or last:
       since = time.perf_counter()
@@ -163,9 +172,9 @@ def _run(config: ConfigDict) -> None:
   print(f'report: {page}')
 
 
-def _sides(setup: loop.Setup, state: loop.RunState) -> tuple[Params, Params]:
+def _sides(setup: setups.Setup, state: setups.RunState) -> tuple[Params, Params]:
   """The policy and the reference, whole."""
-  policy, reference = state.params['policy'], loop.fetched(setup, state)['reference']
+  policy, reference = state.params['policy'], setups.fetched(setup, state)['reference']
   return lora.join(setup.base, policy), lora.join(setup.base, reference)
 
 
@@ -175,7 +184,7 @@ def _tau(config: ConfigDict) -> float:
 
 
 def _pooled(
-  config: ConfigDict, parts: assemble.Parts, state: loop.RunState, found: HeldOut
+  config: ConfigDict, parts: assemble.Parts, state: setups.RunState, found: HeldOut
 ) -> tuple[Pooled, list[str]]:
   """Gaps and best-of-N on the first held-out prompts, and a sentence that says what gaps are."""
   batch, (mesh, acting) = parts.heldout[0], assemble.meshes(config)

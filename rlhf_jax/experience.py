@@ -1,8 +1,9 @@
 """Sample, judge and score one batch of prompts: everything that is known before learning."""
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,64 +64,96 @@ def check_judging(objective: Objective, judging: Judging) -> None:
 
 
 def scorer(
-  model: LanguageModel, objective: Objective, value_model: LanguageModel | None = None
+  model: LanguageModel,
+  objective: Objective,
+  value_model: LanguageModel | None = None,
+  *,
+  length_buckets: int = 1,
+  parts: int = 1,
 ) -> Callable[..., Responses]:
   """The compiled scoring pass of the rows: `scores` under the policy and what targets reads.
 
-  The policy's outputs hold what the objective needs, and always the entropy and the exact KL.
+  The policy's outputs hold what the objective needs, and always the entropy and the exact KL. The
+  rows are run at `length` where it is given, and else by `scoring.by_rows`.
   """
   # The reference is read for the KL anyway.
   beside = {'reference'} & set(objective.scored)
   needs = tuple({'logp', 'entropy', 'kl', *beside, *objective.needs})
   others = tuple(name for name in objective.scored if name not in beside)
+  by_rows = functools.partial(
+    scoring.by_rows, buckets=length_buckets, parts=parts, layout=model.layout
+  )
 
-  def score(params, anchors, prompts, prompt_attended, own: Responses, temperature) -> Responses:
-    asked = own.tokens, own.attended, own.trained
-    policy = scoring.outputs(
-      model,
-      params,
-      prompts,
-      prompt_attended,
-      *asked,
-      temperature=temperature,
-      needs=needs,
-      reference=anchors['reference'],
-      value_model=value_model,
-    )
-    scores = _under(model, others, anchors, prompts, prompt_attended, own, temperature)
-    if beside:
-      scores['reference'] = Outputs(logp=policy.reference)  # type: ignore[arg-type]
-    if not {'reference', 'certainty'} & set(objective.needs):
-      policy = policy._replace(reference=None)
-    return own._replace(scores={'policy': policy, **scores})
+  def score(
+    params,
+    anchors,
+    prompts,
+    prompt_attended,
+    own: Responses,
+    temperature,
+    length: int | None = None,
+  ) -> Responses:
+    def say(*rows: Array, length: int | None) -> dict[str, Outputs]:
+      policy = scoring.outputs(
+        model,
+        params,
+        *rows,
+        temperature=temperature,
+        needs=needs,
+        reference=anchors['reference'],
+        value_model=value_model,
+        length=length,
+      )
+      scores = _under(model, others, anchors, *rows, temperature=temperature, length=length)
+      if beside:
+        scores['reference'] = Outputs(logp=policy.reference)  # type: ignore[arg-type]
+      if not {'reference', 'certainty'} & set(objective.needs):
+        policy = policy._replace(reference=None)
+      return {'policy': policy, **scores}
 
-  return jax.jit(score)
+    asked = prompts, prompt_attended, own.tokens, own.attended, own.trained
+    return own._replace(scores=by_rows(say, *asked, length=length))
+
+  return jax.jit(score, static_argnames='length')
 
 
-def opponent_scorer(model: LanguageModel, objective: Objective) -> Callable[..., Responses]:
+def opponent_scorer(
+  model: LanguageModel, objective: Objective, *, length_buckets: int = 1, parts: int = 1
+) -> Callable[..., Responses]:
   """The compiled scoring pass of an opponent's own responses, under anchors alone."""
+  by_rows = functools.partial(
+    scoring.by_rows, buckets=length_buckets, parts=parts, layout=model.layout
+  )
 
-  def score(anchors, prompts, prompt_attended, opponent: Responses, temperature) -> Responses:
+  def score(
+    anchors,
+    prompts,
+    prompt_attended,
+    opponent: Responses,
+    temperature,
+    length: int | None = None,
+  ) -> Responses:
     names = objective.opponent_scored
-    asked = prompts, prompt_attended, opponent, temperature
-    return opponent._replace(scores=_under(model, names, anchors, *asked))
+    say = functools.partial(_under, model, names, anchors, temperature=temperature)
+    asked = prompts, prompt_attended, opponent.tokens, opponent.attended, opponent.trained
+    return opponent._replace(scores=by_rows(say, *asked, length=length))
 
-  return jax.jit(score)
+  return jax.jit(score, static_argnames='length')
 
 
 def _under(
   model: LanguageModel,
   names: tuple[str, ...],
   anchors: Mapping[str, Params],
-  prompts: Array,
-  prompt_attended: Array,
-  responses: Responses,
+  *rows: Array,
   temperature: Array,
+  length: int | None,
 ) -> dict[str, Outputs]:
-  """Log-probs of `responses` under each of the named anchors."""
-  asked = prompts, prompt_attended, responses.tokens, responses.attended, responses.trained
+  """Log-probs of `rows`, as `scoring.outputs` takes them, under each of the named anchors."""
   return {
-    name: scoring.outputs(model, {'policy': anchors[name]}, *asked, temperature=temperature)
+    name: scoring.outputs(
+      model, {'policy': anchors[name]}, *rows, temperature=temperature, length=length
+    )
     for name in names
   }
 
@@ -206,7 +239,7 @@ def _bought(
 
 
 def rollout(
-  sample: Callable[..., Responses],
+  sample: Callable[..., Any],
   objective: Objective,
   params: Mapping[str, Params],
   anchors: Mapping[str, Params],
@@ -219,28 +252,31 @@ def rollout(
 ) -> tuple[Responses, Responses | None]:
   """The rows and, where the objective has an opponent that writes, the columns."""
   named = {'policy': params['policy'], **anchors}
-
-  def written(player: players.Player, role: str, count: int) -> Responses:
-    if isinstance(player, players.Recorded):
-      return given(prompts)
-    needed = {name: named[name] for name in players.members(player)}
-    return sample(
-      needed,
-      player,
-      prompts.tokens,
-      prompts.attended,
-      prompts.ordinals,
-      actor.role_key(round_key, role),
+  asked = prompts.tokens, prompts.attended, prompts.ordinals
+  cast = {'own': (objective.behaviour, responses), 'opponent': (objective.opponent, opponents)}
+  writers = {
+    role: (player, count)
+    for role, (player, count) in cast.items()
+    if isinstance(player, players.LogLinear | players.OneOf)
+  }
+  found: dict[str, Responses] = {}
+  if writers:
+    writing = [player for player, _ in writers.values()]
+    drawn = sample(
+      {name: named[name] for player in writing for name in players.members(player)},
+      writing,
+      *asked,
+      [actor.role_key(round_key, role) for role in writers],
       settings,
-      responses=count,
+      responses=tuple(count for _, count in writers.values()),
     )
-
-  own = written(objective.behaviour, 'own', responses)
-  if objective.opponent is None:
-    return own, None
+    found = dict(zip(writers, drawn, strict=True))
+  own = found['own'] if 'own' in found else given(prompts)
   if isinstance(objective.opponent, players.Siblings):
     return own, own
-  return own, written(objective.opponent, 'opponent', opponents)
+  if isinstance(objective.opponent, players.Recorded):
+    return own, given(prompts)
+  return own, found.get('opponent')
 
 
 def given(prompts: Prompts) -> Responses:

@@ -1,5 +1,6 @@
 """Update: examples -> minibatches -> parameters. Knows nothing of any algorithm."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ class Schedule(NamedTuple):
   minibatches: int = 1  # optimiser steps per pass
   microbatches: int = 1  # parts of a minibatch whose gradients are summed, to save memory
   nonfinite: str = 'stop'  # or 'skip': a step whose loss or gradient is not finite changes nothing
+  length_buckets: int = 1  # lengths T/n, 2T/n, ..., T of which rows are run at the least that fits
 
 
 def check_schedule(objective: Objective, schedule: Schedule) -> None:
@@ -33,7 +35,7 @@ def check_schedule(objective: Objective, schedule: Schedule) -> None:
     ValueError: a count is below 1, an on-policy objective is given a second step per round, or
       `nonfinite` is unknown.
   """
-  for name in ('passes', 'minibatches', 'microbatches'):
+  for name in ('passes', 'minibatches', 'microbatches', 'length_buckets'):
     if getattr(schedule, name) < 1:
       raise ValueError(f'learner.{name} must be at least 1, got {getattr(schedule, name)}')
   if schedule.nonfinite not in NONFINITE:
@@ -62,20 +64,30 @@ def learner(
   number of microbatches by examples of weight 0. A step whose weights are all 0 changes nothing.
   With `host_optimizer` the optimiser's state comes, stays and goes in the host's memory, and is on
   the device for its own arithmetic alone. By a layout of the model, parameters, gradients and
-  optimiser state are split by its rules, and each microbatch over the batch's axes.
+  optimiser state are split by its rules, and each microbatch over the batch's axes. With length
+  buckets the microbatches of a step take its examples in the order of their lengths, so that short
+  ones do not share one with the longest.
 
   Returns:
-    update(params, opt_state, reference, examples, key, temperature, base=None)
+    update(params, opt_state, reference, examples, key, temperature, base=None, length=None)
       -> (params, opt_state, metrics averaged over the round's steps). `params['policy']` is joined
       to `base`, which takes no gradient; `reference` is a whole tree already. `BAD_LEAF` is of the
       first step that had one. Where such steps are skipped they are left out of the averages, and
-      `learner/skipped` is their share.
+      `learner/skipped` is their share. `length` is known to hold all responses; None: each
+      microbatch has its own bucket.
   """
-  skips = schedule.nonfinite == 'skip'
-
+  skips, buckets = schedule.nonfinite == 'skip', schedule.length_buckets
   layout = model.layout
 
-  def weighted_loss(params, base, reference, examples: Examples, total: Array, temperature: Array):
+  def weighted_loss(
+    params,
+    base,
+    reference,
+    examples: Examples,
+    total: Array,
+    temperature: Array,
+    length: int | None,
+  ):
     outputs = scoring.outputs(
       model,
       {**params, 'policy': lora.join(base, params['policy'])},
@@ -88,6 +100,7 @@ def learner(
       needs=objective.needs,
       reference=reference,
       value_model=value_model,
+      length=length,
     )
     losses, metrics = objective.loss(outputs, examples)
     metrics = {'learner/loss': losses, **metrics}
@@ -97,7 +110,9 @@ def learner(
 
     return share(losses), jax.tree.map(share, metrics)
 
-  def step(carry, examples: Examples):  # examples: [microbatches, n, ...]
+  def step(length: int | None, carry, examples: Examples):  # examples: [microbatches, n, ...]
+    if length is None and buckets > 1 and schedule.microbatches > 1:
+      examples = _by_length(examples)
     examples = sharding.constrain_batch(examples, layout, axis=1)
     params, opt_state, base, reference, temperature = carry
     total = jnp.sum(examples.weight)
@@ -105,8 +120,11 @@ def learner(
     gradient = jax.grad(weighted_loss, has_aux=True)
 
     def found(micro: Examples):
-      slopes, metrics = gradient(params, base, reference, micro, safe, temperature)
-      return sharding.constrain(slopes, layout), metrics  # or sums of whole ones would be kept
+      def at(length: int | None):
+        slopes, metrics = gradient(params, base, reference, micro, safe, temperature, length)
+        return sharding.constrain(slopes, layout), metrics  # or sums of whole ones would be kept
+
+      return scoring.bucketed(at, micro.attended, buckets=buckets, length=length)
 
     def part(summed, micro: Examples):
       return jax.tree.map(jnp.add, summed, found(micro)), None
@@ -135,7 +153,14 @@ def learner(
     return (params, opt_state, base, reference, temperature), (metrics, bad)
 
   def update(
-    params, opt_state, reference, examples: Examples, key: Array, temperature: Array, base=None
+    params,
+    opt_state,
+    reference,
+    examples: Examples,
+    key: Array,
+    temperature: Array,
+    base=None,
+    length: int | None = None,
   ):
     count = examples.weight.shape[0]
     parts = schedule.minibatches * schedule.microbatches
@@ -152,12 +177,12 @@ def learner(
 
     def one_pass(carry, key: Array):
       order = jax.random.permutation(key, padded)
-      return jax.lax.scan(step, carry, jax.tree.map(lambda x: parted(x[order]), examples))
+      return jax.lax.scan(one, carry, jax.tree.map(lambda x: parted(x[order]), examples))
 
-    carry = (params, opt_state, base, reference, temperature)
+    carry, one = (params, opt_state, base, reference, temperature), functools.partial(step, length)
     if schedule.passes * schedule.minibatches == 1:
       # In the order that they have: XLA finds the rows that `scoring` has read already.
-      carry, found = step(carry, jax.tree.map(lambda x: parted(x)[0], examples))
+      carry, found = one(carry, jax.tree.map(lambda x: parted(x)[0], examples))
       metrics, bad = jax.tree.map(lambda x: x[None], found)
     else:
       keys = jax.random.split(key, schedule.passes)
@@ -170,7 +195,14 @@ def learner(
     metrics[BAD_LEAF] = bad.ravel()[jnp.argmax(bad.ravel() >= 0)]
     return carry[0], carry[1], metrics
 
-  return jax.jit(update, donate_argnums=(0, 1))
+  return jax.jit(update, donate_argnums=(0, 1), static_argnames='length')
+
+
+def _by_length(examples: Examples) -> Examples:
+  """The same [parts, n, ...], sorted by the longest response of each."""
+  longest = jnp.max(scoring.lengths_of(examples.attended), -1)
+  order = jnp.argsort(longest.ravel())
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[order].reshape(x.shape), examples)
 
 
 def _first_bad(*trees: Params) -> Array:

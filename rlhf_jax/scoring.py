@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ def outputs(
   needs: tuple[str, ...] = ('logp',),
   reference: Params | None = None,
   value_model: LanguageModel | None = None,
+  length: int | None = None,
 ) -> Outputs:
   """Outputs of `params` on every response, each field f[B, K, T] and 0 off `trained`.
 
@@ -42,8 +44,10 @@ def outputs(
     reference: parameters of the reference, for the last three.
     value_model: of a value function that stands apart, with states of its own from
       params['value']['trunk']; None: a head on the policy's states.
+    length: tokens of a response that are run, where none behind them is attended; None: all T.
   """
-  batch, count, length = responses.shape
+  batch, count, whole = responses.shape
+  length = whole if length is None else min(length, whole)
   prompt_length, layout = prompts.shape[1], model.layout
   params = {**params, 'policy': sharding.gather_ends(params['policy'], layout)}
   reference = sharding.gather_ends(reference, layout)
@@ -56,10 +60,14 @@ def outputs(
     return trunk.hidden(params, tokens, mask)[:, prompt_length - 1 :]
 
   def flat(values: Array) -> Array:
-    return values.reshape(batch * count, length)
+    # In this order XLA knows rows again that come as other shapes (`setups.one_program`).
+    return values.reshape(batch * count, whole)[:, :length]
 
   def shaped(values: Array | None) -> Array | None:
-    return None if values is None else masks.zero(values.reshape(batch, count, length), trained)
+    if values is None:
+      return None
+    values = jnp.pad(values, [(0, 0), (0, whole - length)])
+    return masks.zero(values.reshape(responses.shape), trained)
 
   statistics = functools.partial(
     logprobs.token_statistics,
@@ -96,6 +104,73 @@ def outputs(
     reference=shaped(theirs if wanted else None),
     certainty=shaped(certainty),
   )
+
+
+def bucketed(
+  at: Callable[[int | None], Any],
+  *attended: Bool[Array, '... T'],
+  buckets: int,
+  length: int | None = None,
+) -> Any:
+  """at(L) by the least L of T/n, 2T/n, ..., T that holds all attended tokens, n = `buckets`.
+
+  Each of the n is compiled, and the device chooses; at(None), which is all T, where there is one,
+  and at(length) where it is given. `at` returns the same shapes whatever L is, and what it returns
+  is not to be differentiated: that would keep what each of them keeps.
+  """
+  if buckets == 1 or length is not None:
+    return at(length)
+  longest = max(one.shape[-1] for one in attended)
+  lengths = sorted({-(-longest * part // buckets) for part in range(1, buckets + 1)})
+  needed = [jnp.max(lengths_of(one)) for one in attended]
+  number = jnp.sum(jnp.max(jnp.stack(needed)) > jnp.array(lengths[:-1]))
+  return jax.lax.switch(number, [functools.partial(at, length) for length in lengths])
+
+
+def by_rows(
+  say: Callable[..., Any],
+  prompts: Int[Array, 'B P'],
+  prompt_attended: Bool[Array, 'B P'],
+  *responses: Array,
+  buckets: int,
+  parts: int = 1,
+  length: int | None = None,
+  layout: sharding.Layout | None = None,
+) -> Any:
+  """say(prompts, prompt_attended, *responses, length=L), a tree of f[B, K, T], in length buckets.
+
+  `responses` are the tokens, attended and trained of `outputs`. With several buckets the rows are
+  run in so many `parts`, one after the other, short ones apart from long ones.
+  """
+  if buckets == 1 or parts == 1 or length is not None:
+
+    def at(length: int | None) -> Any:
+      return say(prompts, prompt_attended, *responses, length=length)
+
+    return bucketed(at, responses[1], buckets=buckets, length=length)
+  batch, count, whole = responses[1].shape
+  order, shards = jnp.argsort(lengths_of(responses[1]).ravel()), sharding.shards(layout)
+  size = -(-batch * count // (parts * shards)) * shards  # of a part, alike on all devices
+
+  def parted(rows: Array) -> Array:  # [B·K, ...] -> [parts, size, ...], with rows of padding
+    rows = jnp.pad(rows, [(0, parts * size - batch * count)] + [(0, 0)] * (rows.ndim - 1))
+    return rows.reshape(parts, size, *rows.shape[1:])
+
+  def one(part: tuple[Array, ...]) -> Any:
+    return bucketed(lambda length: say(*part, length=length), part[3], buckets=buckets)
+
+  asked = [x[order // count] for x in (prompts, prompt_attended)]
+  given = [x.reshape(batch * count, 1, whole)[order] for x in responses]
+  rows = sharding.constrain_batch(tuple(map(parted, (*asked, *given))), layout, axis=1)
+  back = jnp.argsort(order)
+  return jax.tree.map(
+    lambda x: x.reshape(-1, whole)[back].reshape(batch, count, whole), jax.lax.map(one, rows)
+  )
+
+
+def lengths_of(attended: Bool[Array, '*rows T']) -> Int[Array, '*rows']:
+  """How many tokens there are up to the last attended one."""
+  return jnp.max(jnp.where(attended, jnp.arange(1, attended.shape[-1] + 1), 0), -1)
 
 
 def logps(

@@ -20,6 +20,7 @@ BATCH = (DATA, FSDP)
 HOST = 'pinned_host'
 
 STACKED = re.compile(r'groups/\d+/')  # models/decoder.py: layers as a loop reads them
+ROUNDED = re.compile(r'/(values|scale)$')  # models/int8.py: both lie as the matrix does
 
 # (regular expression searched in a path such as 'policy/layers_0/query/kernel', an axis for each
 # dimension). The first that is found and has as many dimensions counts; what none fits is whole.
@@ -156,7 +157,7 @@ def specs(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
 
 def _spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
   stack = STACKED.search(name)  # of layers, in front of what is of one
-  name = STACKED.sub('layers_0/', name)
+  name = ROUNDED.sub('', STACKED.sub('layers_0/', name))
   lengths = (len(shape) - 1, len(shape)) if stack else (len(shape),)
   fits = (axes for rule, axes in rules if len(axes) in lengths and re.search(rule, name))
   axes = next(fits, ())

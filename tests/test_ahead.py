@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import actor, experience, learner, loop, players
+from rlhf_jax import actor, experience, learner, loop, players, setups
 from rlhf_jax.objectives import OBJECTIVES
 from rlhf_jax.tabular import exact, games, judge, table
 from rlhf_jax.types import Outputs, Prompts, Responses
@@ -15,8 +15,8 @@ GAME = games.random_game(1, 7, 'rewards')
 REINFORCE = OBJECTIVES['reinforce'](kl_weight=0.1, baseline='batch')
 
 
-def setup(objective=REINFORCE, *, ahead: bool) -> loop.Setup:
-  return loop.Setup(
+def setup(objective=REINFORCE, *, ahead: bool) -> setups.Setup:
+  return setups.Setup(
     model=table.table([GAME], 1, turns=objective.turns),
     objective=objective,
     judging=experience.Judging(judge.judge([GAME], 1)),
@@ -30,12 +30,12 @@ def setup(objective=REINFORCE, *, ahead: bool) -> loop.Setup:
   )
 
 
-def run(given: loop.Setup, rounds: int, *, state=None, drained=lambda _: False):
+def run(given: setups.Setup, rounds: int, *, state=None, drained=lambda _: False):
   """The state after `rounds`, and every round's figures."""
   figures = []
   if state is None:
     tree = given.model.init(jax.random.key(0))
-    state = loop.start(given, jax.random.key(0), tree, tree)
+    state = setups.start(given, jax.random.key(0), tree, tree)
   one = Prompts(np.zeros((1, 1), np.int32), np.ones((1, 1), bool), np.zeros(1, np.int32))
   state = loop.run(
     given,
@@ -94,9 +94,9 @@ def test_rows_are_weighed_by_the_ratio_of_their_laws():
 
 
 def test_rows_of_a_mixture_are_refused():
-  loop.check(setup(REINFORCE._replace(behaviour=players.REFERENCE), ahead=True))
+  setups.check(setup(REINFORCE._replace(behaviour=players.REFERENCE), ahead=True))
   mixed = REINFORCE._replace(behaviour=players.mixture(0.5))
   with pytest.raises(ValueError, match=r"rows of \('policy', 'reference'\)"):
-    loop.check(setup(mixed, ahead=True))
+    setups.check(setup(mixed, ahead=True))
   with pytest.raises(ValueError, match=r"rows of \('last',\)"):
-    loop.check(setup(REINFORCE._replace(behaviour=players.LogLinear({'last': 1.0})), ahead=True))
+    setups.check(setup(REINFORCE._replace(behaviour=players.LogLinear({'last': 1.0})), ahead=True))

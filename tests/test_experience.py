@@ -107,10 +107,11 @@ def test_rounds_are_uncorrelated():
   ids=['rewards', 'self', 'mixture', 'reference', 'siblings'],
 )
 def test_who_writes_rows_and_columns(objective, rows, columns):
-  # A sampler is given only its player's parameters, since each named set costs a forward and cache.
-  def sample(params, player, *_, responses):
-    assert set(params) == set(players.members(player))
-    return set(params), responses
+  # A sampler is given only its players' parameters, since each named set costs a forward and cache.
+  def sample(params, cast, *_, responses):
+    names = [set(players.members(player)) for player in cast]
+    assert set(params) == set().union(*names)
+    return list(zip(names, responses, strict=True))
 
   own, opponent = experience.rollout(
     sample,  # type: ignore[arg-type]

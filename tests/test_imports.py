@@ -28,10 +28,11 @@ LAYERS = [
   ],
   ['recordings'],
   ['prompts', 'preferences', 'datasets', 'optimizers', 'sequences'],
-  ['scoring', 'actor', 'judges', 'learner'],
+  ['scoring', 'actor', 'lanes', 'judges', 'learner'],
   ['reviews'],
   ['experience', 'replay', 'supervised', 'reward_learning'],
   ['evaluation'],
+  ['setups'],
   ['loop'],
 ]
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import actor, checkpoints, learner, loop, sharding
+from rlhf_jax import actor, checkpoints, learner, loop, setups, sharding
 from rlhf_jax.anchors import Every
 from rlhf_jax.experience import Judging
 from rlhf_jax.judges.base import Judge
@@ -57,7 +57,7 @@ def _built(name, devices):
   mesh = sharding.data_mesh(devices)
   # A schedule in the optimiser, so that a resume that forgets its count shows.
   optimizer = optax.adam(optax.linear_schedule(0.05, 0.0, 20), eps=1e-5)
-  setup = loop.Setup(
+  setup = setups.Setup(
     model=MODEL,
     objective=OBJECTIVES[name](**HYPERPARAMETERS[name]),
     judging=Judging(judge.judge(PLAYED, 2)),
@@ -69,13 +69,13 @@ def _built(name, devices):
     opponents=RESPONSES,
     replay=REPLAYED if name == 'dno_prct' else None,
   )
-  return setup, loop.functions(setup), mesh
+  return setup, setups.functions(setup), mesh
 
 
 def begin(name, devices=1, seed=0):
   setup, _, mesh = built(name, devices)
   policy = sharding.replicate(MODEL.init(jax.random.key(0)), mesh)
-  return loop.start(setup, jax.random.key(seed), policy, policy)
+  return setups.start(setup, jax.random.key(seed), policy, policy)
 
 
 def prompts(round_, width=1):
@@ -111,18 +111,15 @@ def assert_same(first, second):
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-  ('name', 'players'),
-  [pytest.param('ppo', 1, marks=pytest.mark.slow), ('nash_md', 2), ('inpo', 1)],
-)
-def test_each_function_compiles_once_for_each_length_bucket(name, players, monkeypatch):
-  # Two buckets, prompts of 1 and 3 tokens. The sampler has one compilation a player; anchors know
-  # no lengths. State that is placed nowhere would compile all of it again in round 2. Other tests
+@pytest.mark.parametrize('name', [pytest.param('ppo', marks=pytest.mark.slow), 'nash_md', 'inpo'])
+def test_each_function_compiles_once_for_each_length_bucket(name, monkeypatch):
+  # Two buckets, prompts of 1 and 3 tokens. All players are drawn by one program; anchors know no
+  # lengths. State that is placed nowhere would compile all of it again in round 2. Other tests
   # here share these functions, with the first bucket alone.
   setup, compiled, _ = built(name)
   for shared in (compiled.statistics, compiled.join):  # each of one function: all setups share it
     shared.clear_cache()
-  monkeypatch.setattr(loop, 'functions', lambda _: compiled)
+  monkeypatch.setattr(setups, 'functions', lambda _: compiled)
   sizes = []
 
   def after(round_, state, figures, seen):
@@ -135,7 +132,7 @@ def test_each_function_compiles_once_for_each_length_bucket(name, players, monke
 
   loop.run(setup, begin(name), rounds=8, prompts=some, after=after)
   buckets = dict.fromkeys(('score', 'targets', 'update', 'statistics'), 1)
-  once = buckets | {'move': 1, 'sample': players}
+  once = buckets | {'move': 1, 'sample': 1}
   never = 'score_opponent', 'correct', 'recall', 'join', 'remember', 'together'
   once |= dict.fromkeys(never, 0)
   twice = {name: 2 * count for name, count in once.items()} | {'move': 1}
@@ -148,7 +145,7 @@ def test_a_state_lies_where_its_policy_does():
     homes = {(leaf.sharding, leaf.committed) for leaf in jax.tree.leaves(state)}
     assert homes == {(jax.tree.leaves(state.params)[0].sharding, True)}
   policy = MODEL.init(jax.random.key(0))
-  state = loop.start(built('ppo')[0], jax.random.key(0), policy, policy)
+  state = setups.start(built('ppo')[0], jax.random.key(0), policy, policy)
   assert not any(leaf.committed for leaf in jax.tree.leaves(state))  # free to go to any mesh
 
 
@@ -166,7 +163,7 @@ def test_anchors_are_copies_and_the_callers_policy_survives(name):
   setup, compiled, mesh = built(name)
   policy = sharding.replicate(MODEL.init(jax.random.key(0)), mesh)
   before = on_host(policy)
-  state = loop.start(setup, jax.random.key(0), policy, policy)
+  state = setups.start(setup, jax.random.key(0), policy, policy)
   parts = [policy, state.params, *state.anchors.values()]
   assert len(set().union(*map(buffers, parts))) == sum(len(jax.tree.leaves(p)) for p in parts)
   for round_ in range(4):  # the learner donates the policy's buffers: an alias would be deleted
@@ -227,7 +224,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name):
   # And every field of the state is needed: started afresh, each one alone changes the outcome.
   # But for a frozen reference, and what is an empty tree.
   same = {'ppo': {'anchors', 'replay'}, 'inpo': {'objective', 'replay'}, 'dno_prct': {'objective'}}
-  for field in set(loop.RunState._fields) - same[name]:
+  for field in set(setups.RunState._fields) - same[name]:
     state, later = resumed(saved._replace(**{field: getattr(on_host(fresh), field)}))
     tables = [on_host(s.params['policy'])['table'] for s in (state, whole)]
     assert not np.array_equal(*tables), field
@@ -302,7 +299,7 @@ def test_a_figure_that_is_not_finite_stops_the_run_before_anything_is_saved(wron
   def statistics(seen):
     return compiled.statistics(seen) | {'toy/figure': wrong if len(saved) == 2 else 1.0}
 
-  monkeypatch.setattr(loop, 'functions', lambda _: compiled._replace(statistics=statistics))
+  monkeypatch.setattr(setups, 'functions', lambda _: compiled._replace(statistics=statistics))
   saved = []
   with pytest.raises(FloatingPointError, match=rf'round 2: toy/figure is {wrong}; stopped'):
     loop.run(
@@ -339,7 +336,7 @@ def test_a_step_that_is_not_finite_stops_or_is_skipped(nonfinite, culprit, said,
     return jax.tree.map(lambda x: x * np.nan, moved) if len(saved) == 2 else moved, *rest
 
   monkeypatch.setattr(
-    loop, 'functions', lambda _: compiled._replace(update=update, targets=targets)
+    setups, 'functions', lambda _: compiled._replace(update=update, targets=targets)
   )
 
   def play():
@@ -413,7 +410,7 @@ def test_a_transformer_plays_the_same_rounds():
     del prompts
     return np.where(drawn.attended, drawn.tokens == 3, False).sum(-1).astype(np.float32)
 
-  setup = loop.Setup(
+  setup = setups.Setup(
     model=model,
     objective=OBJECTIVES['ppo'](**HYPERPARAMETERS['ppo']),
     judging=Judging(Judge('threes', rewards, None)),
@@ -431,7 +428,7 @@ def test_a_transformer_plays_the_same_rounds():
   figures = []
   loop.run(
     setup,
-    loop.start(setup, jax.random.key(0), policy, policy),
+    setups.start(setup, jax.random.key(0), policy, policy),
     rounds=12,
     prompts=lambda r: Prompts(*batch, np.arange(4) + 4 * r),  # type: ignore[arg-type]
     after=lambda round_, state, found, seen: figures.append(found),  # noqa: ARG005
@@ -504,7 +501,7 @@ def test_eight_devices_learn_what_one_does(name, on_eight):
   assert eight['devices'] == [8]
   assert eight['whole']
   # Nor is anything compiled twice there, which it is when state comes back placed otherwise.
-  assert (eight['updates'], eight['samplers']) == (1, {'nash_md': 2, 'ppo': 1}[name])
+  assert (eight['updates'], eight['samplers']) == (1, 1)
 
 
 if __name__ == '__main__':
@@ -514,15 +511,15 @@ if __name__ == '__main__':
 def test_a_single_response_cannot_be_paired():
   setup = built('inpo')[0]._replace(responses=1)
   with pytest.raises(ValueError, match='responses must be at least 2, got 1'):
-    loop.check(setup)
-  loop.check(setup._replace(objective=OBJECTIVES['nash_md'](**HYPERPARAMETERS['nash_md'])))
+    setups.check(setup)
+  setups.check(setup._replace(objective=OBJECTIVES['nash_md'](**HYPERPARAMETERS['nash_md'])))
 
 
 def test_an_anchor_that_would_never_move_is_refused():
   setup = built('inpo')[0]
   anchors = {**setup.objective.anchors, 'last': Every(2, 2)}
   with pytest.raises(ValueError, match='anchor last must first move in a round of 0 to 1, got 2'):
-    loop.check(setup._replace(objective=setup.objective._replace(anchors=anchors)))
+    setups.check(setup._replace(objective=setup.objective._replace(anchors=anchors)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -593,9 +590,9 @@ def test_a_checkpoint_holds_what_is_replayed(tmp_path):
 def test_a_replay_of_what_is_not_kept_is_refused(counts, said):
   setup = built('dno_prct')[0]
   with pytest.raises(ValueError, match=said):
-    loop.check(setup._replace(replay=REPLAYED._replace(counts=counts)))
+    setups.check(setup._replace(replay=REPLAYED._replace(counts=counts)))
 
 
 def test_replay_is_refused_where_it_would_bias():
   with pytest.raises(ValueError, match='replay would bias it'):
-    loop.check(built('nash_md')[0]._replace(replay=REPLAYED))
+    setups.check(built('nash_md')[0]._replace(replay=REPLAYED))

@@ -14,7 +14,7 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from rlhf_jax import actor, checkpoints, learner, loop, scoring, sharding
+from rlhf_jax import actor, checkpoints, learner, loop, scoring, setups, sharding
 from rlhf_jax.experience import Judging
 from rlhf_jax.judges.base import Judge
 from rlhf_jax.learner import Schedule
@@ -69,7 +69,7 @@ def built(name):
     targets=('query', 'value'),
     key=jax.random.key(1),
   )
-  setup = loop.Setup(
+  setup = setups.Setup(
     model=MODEL,
     objective=OBJECTIVES[name](**HYPERPARAMETERS[name]),
     judging=Judging(Judge('threes', threes, None)),
@@ -81,12 +81,12 @@ def built(name):
     opponents=2,
     base=sharding.replicate(base, mesh),
   )
-  return setup, loop.functions(setup), sharding.replicate(policy, mesh), reference
+  return setup, setups.functions(setup), sharding.replicate(policy, mesh), reference
 
 
 def begin(name, seed=0):
   setup, _, policy, reference = built(name)
-  return loop.start(setup, jax.random.key(seed), policy, reference)
+  return setups.start(setup, jax.random.key(seed), policy, reference)
 
 
 def prompts(round_):
@@ -284,7 +284,7 @@ def test_the_base_is_an_argument():
 
   found = played(compiled)
   assert {name: part._cache_size() for name, part in parts.items()} == before
-  assert_same(found, played(loop.functions(other)))
+  assert_same(found, played(setups.functions(other)))
   seen = found[1]
   scores = spoken_by(other.base.params, seen, seen.own)
   np.testing.assert_allclose(seen.own.scores['reference'].logp, scores, atol=1e-5)
@@ -360,7 +360,7 @@ def test_adapters_of_a_transformer_reach_the_exact_answer(name, changes, answer)
   )
   base, policy = sharding.replicate((base, policy), mesh)
   np.testing.assert_allclose(law(lora.join(base, policy)), REFERENCE, atol=1e-6)
-  setup = loop.Setup(
+  setup = setups.Setup(
     model=model,
     objective=OBJECTIVES[name](**{**HYPERPARAMETERS[name], **changes}),
     judging=Judging(Judge('g1', None, wins)),  # type: ignore[arg-type]
@@ -372,7 +372,8 @@ def test_adapters_of_a_transformer_reach_the_exact_answer(name, changes, answer)
     opponents=3,
     base=base,
   )
-  state, compiled = loop.start(setup, jax.random.key(0), policy, reference), loop.functions(setup)
+  state = setups.start(setup, jax.random.key(0), policy, reference)
+  compiled = setups.functions(setup)
   batch = Prompts(tokens, tokens >= 0, np.zeros(1, np.int32))  # type: ignore[arg-type]
   for _ in range(count):
     state, figures, _ = loop.play(setup, compiled, state, batch)

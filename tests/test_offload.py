@@ -7,11 +7,11 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import actor, anchors, checkpoints, loop, sharding
+from rlhf_jax import actor, anchors, checkpoints, loop, setups, sharding
 from rlhf_jax.experience import Judging
 from rlhf_jax.learner import Schedule
-from rlhf_jax.loop import Offload
 from rlhf_jax.objectives import OBJECTIVES
+from rlhf_jax.setups import Offload
 from rlhf_jax.tabular import games, judge, table
 from rlhf_jax.types import Prompts
 
@@ -35,7 +35,7 @@ BOTH = Offload(reference=True, optimizer=True)
 @functools.cache
 def setup(case, offload):
   objective, schedule = CASES[case]
-  return loop.Setup(
+  return setups.Setup(
     model=MODEL,
     objective=objective,
     judging=Judging(judge.judge(PLAYED, 2), 'compare'),
@@ -51,12 +51,12 @@ def setup(case, offload):
 
 def begin(chosen):
   policy = sharding.replicate(MODEL.init(jax.random.key(0)), MESH)
-  return loop.start(chosen, jax.random.key(0), policy, policy)
+  return setups.start(chosen, jax.random.key(0), policy, policy)
 
 
 def played(chosen, state, first, last):
   """The state after rounds `first` to `last` − 1, and their figures."""
-  compiled, figures = loop.functions(chosen), []
+  compiled, figures = setups.functions(chosen), []
   for round_ in range(first, last):
     tokens = np.arange(4, dtype=np.int32)[:, None] % 2
     prompts = Prompts(tokens, tokens >= 0, np.arange(4, dtype=np.int32) + 4 * round_)  # type: ignore
@@ -80,7 +80,7 @@ def test_the_same_to_the_bit(case):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(expected))
   assert kinds(found.anchors['reference']) == kinds(found.optimizer) == {'pinned_host'}
   assert kinds(found.params) == kinds(expected) == {'device'}
-  assert kinds(loop.fetched(far, found)) == {'device'}
+  assert kinds(setups.fetched(far, found)) == {'device'}
 
 
 def test_each_alone():

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from experiments.tabular_settings import SETTINGS
-from rlhf_jax import actor, experience, loop, optimizers, players, sharding
+from rlhf_jax import actor, experience, loop, optimizers, players, setups, sharding
 from rlhf_jax.experience import Judging
 from rlhf_jax.judges.base import Judge
 from rlhf_jax.learner import Schedule
@@ -36,6 +36,12 @@ MESHES = {
   'mixed': {'data': 2, 'fsdp': 2, 'tensor': 2},
 }
 EVERYWHERE = ('nash_md',)  # on all meshes; the others on the mixed one
+# Ten parts of four rows, in the order of their lengths: some end within a third of T.
+SCHEDULES = {
+  'ppo': Schedule(2, 2),
+  'rloo': Schedule(1, 1, 2),
+  'grpo': Schedule(1, 1, 10, length_buckets=3),
+}
 # `python tests/test_sharding.py all`, on eight devices, plays every objective on every mesh.
 TESTED = (*EVERYWHERE, 'ppo', 'dpo', 'inpo', 'grpo', 'egpo')
 
@@ -240,7 +246,7 @@ def built(name, sizes):
   if 'rounds_per_iteration' in given:
     given['rounds_per_iteration'] = 2
   objective = OBJECTIVES[name](**given)
-  setup = loop.Setup(
+  setup = setups.Setup(
     model=model,
     objective=objective,
     judging=Judging(Judge('threes', rewards, None), SETTINGS[name].link),
@@ -248,19 +254,20 @@ def built(name, sizes):
     settings=jax.device_get(actor.sampling(budget=T)),
     # A rate of 1e-2 makes 1e-5 of a rounding of 1e-8 in a gradient below eps: rate/eps is 1e3.
     optimizer=optax.adam(1e-3, eps=1e-5),
-    schedule=Schedule(2, 2) if name == 'ppo' else Schedule(1, 1, 2 if name == 'rloo' else 1),
+    schedule=SCHEDULES.get(name, Schedule()),
     responses=K,
     opponents=2,
   )
-  compiled = loop.functions(setup)
-  scores = scorer(sizes, objective.needs, tuple(objective.scored))
-  return setup, compiled._replace(score=scores), mesh
+  compiled = setups.functions(setup)
+  if setup.schedule.length_buckets == 1:
+    compiled = compiled._replace(score=scorer(sizes, objective.needs, tuple(objective.scored)))
+  return setup, compiled, mesh
 
 
 def played(name, sizes):
   """The tokens of five rounds, and what is learnt in them."""
   setup, compiled, mesh = built(name, sizes)
-  state = loop.start(setup, jax.random.key(1), params(), params())
+  state = setups.start(setup, jax.random.key(1), params(), params())
   tokens = []
   for round_ in range(5):
     given = batch(round_, mesh, wins=setup.objective.judged)
@@ -295,7 +302,8 @@ def items(sizes):
 def texts(name, sizes):
   """The compiled text of the sampler, the scores and the update."""
   setup, compiled, mesh = built(name, sizes)
-  state, given = loop.start(setup, jax.random.key(1), params(), params()), batch(0, mesh, wins=True)
+  state = setups.start(setup, jax.random.key(1), params(), params())
+  given = batch(0, mesh, wins=True)
   cast, seen = loop.gather(setup, compiled, state), {}
 
   def watched(key, function):

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 
 from experiments import bench
-from rlhf_jax import loop, sharding
+from rlhf_jax import loop, setups, sharding
 
 TINY = bench.SIZES['tiny']
 
 
-def played(name, *, together):
+def played(name, *, together, buckets=1):
   """Two rounds. -> figures, what is left, and the shapes that each function was given last."""
   setup, prompts = bench.setup(name, TINY, 8, 'float32')
-  setup = setup._replace(together=together)
-  compiled, given = loop.functions(setup), {}
+  schedule = setup.schedule._replace(length_buckets=buckets)
+  setup = setup._replace(together=together, schedule=schedule)
+  compiled, given = setups.functions(setup), {}
 
   def noted(part, function):
     def call(*arguments):
@@ -27,9 +28,9 @@ def played(name, *, together):
 
   parts = {part: noted(part, function) for part, function in compiled._asdict().items()}
   policy = sharding.replicate(setup.model.init(jax.random.key(0)), sharding.data_mesh(1))
-  state, rows = loop.start(setup, jax.random.key(1), policy, policy), []
+  state, rows = setups.start(setup, jax.random.key(1), policy, policy), []
   for _ in range(2):
-    state, figures, seen = loop.play(setup, loop.Functions(**parts), state, prompts)
+    state, figures, seen = loop.play(setup, setups.Functions(**parts), state, prompts)
     rows.append({k: float(v) for k, v in figures.items() if not k.startswith('time/')})
   return rows, (state, seen), compiled, given
 
@@ -63,10 +64,23 @@ def test_the_policy_is_read_once_for_its_scores_and_its_step():
   assert whole == products(compiled, 'update', given) + forwards // 2
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures('quickly_compiled')
+def test_so_it_is_at_each_of_two_lengths():
+  *_, compiled, given = played('grpo', together=True)
+  whole = products(compiled, 'together', given)
+  *_, compiled, given = played('grpo', together=True, buckets=2)
+  assert products(compiled, 'together', given) == 2 * whole
+
+
 def test_what_stands_between_keeps_them_apart():
   setup, _ = bench.setup('grpo', TINY, 8, 'float32')
-  assert loop.one_program(setup)
+  assert setups.one_program(setup)
   schedule = setup.schedule._replace(microbatches=2)
-  assert not loop.one_program(setup._replace(schedule=schedule))
-  assert not loop.one_program(setup._replace(offload=loop.Offload(reference=True)))
-  assert not loop.one_program(setup._replace(ahead=True))
+  assert not setups.one_program(setup._replace(schedule=schedule))
+  assert not setups.one_program(setup._replace(offload=setups.Offload(reference=True)))
+  assert not setups.one_program(setup._replace(ahead=True))
+  buckets = setup._replace(schedule=setup.schedule._replace(length_buckets=2))
+  assert setups.one_program(buckets)
+  twice = buckets.objective._replace(turns=2)
+  assert not setups.one_program(buckets._replace(objective=twice))

@@ -7,10 +7,12 @@
 Targets: the update at half or more of the card's own matrix-product rate; decoding at .6 or more of
 its copy bandwidth (weights and cache that a step must read, over its time); against TRL with its
 stock generation 10 times the tokens/s and a fifth of the round. No GPU has run it yet: the trial is
-what has been seen to run. DIR is what `third_party.trl.compare` makes, with a torch for CUDA.
+what has been seen to run. DIR is what `third_party.trl.compare` makes, or is made: on a card with a
+torch for CUDA.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +22,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from experiments import bench
+from experiments import bench, rates
 from experiments.launch import command, launch
 from rlhf_jax import metrics
-from rlhf_jax.models.decoder import DecoderConfig
 
 PROMPTS, RESPONSES, NAME = 64, 4, 'grpo'
 SIDE = {'billion': 8192, 'tiny': 256}  # of the square matrices whose product is the peak
@@ -40,17 +41,10 @@ def get_config(argv: list[str]) -> ConfigDict:
   return config
 
 
-def step_bytes(size: bench.Size, described: DecoderConfig, rows: int, weights: int) -> float:
-  """Weights and cache that a step must read in bfloat16, on average over the response."""
-  each = 2 * 2 * described.layers * described.kv_heads * described.head_dim  # keys and values
-  prompts = rows // RESPONSES * size.asked  # read once for all responses to a prompt
-  return 2.0 * weights + each * (prompts + rows * size.tokens / 2)
-
-
-def peer(config: ConfigDict) -> dict[str, Any]:
-  """Both sides' rounds in turn, by the peer's harness."""
+def peer(config: ConfigDict, device: str) -> dict[str, Any]:
+  """Both sides' rounds in turn, by the peer's harness, TRL on 'cuda' or 'cpu'."""
   flags = f'--config.algorithms={NAME}', f'--config.size={config.size}', '--config.scale=16'
-  more = '--config.dtype=bfloat16', '--config.device=cuda', f'--config.repeats={config.rounds}'
+  more = '--config.dtype=bfloat16', f'--config.device={device}', f'--config.repeats={config.rounds}'
   where = f'--config.environment={config.environment}', f'--config.output={config.output}'
   told = [sys.executable, '-m', 'third_party.trl.compare', *flags, *more, *where]
   subprocess.run(told, check=True)
@@ -68,21 +62,23 @@ def run(config: ConfigDict) -> None:
     raise ValueError(f'size must be one of {sorted(SIDE)}, got {config.size!r}')
   if config.rounds < 3:
     raise ValueError(f'rounds must be at least 3, got {config.rounds}')
+  # JAX would take most of the card for this process, and the peer's harness has two of its own.
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   size, device = bench.SIZES[config.size], jax.devices()[0]
+  where = 'cpu' if device.platform == 'cpu' else 'cuda'
+  other = peer(config, where) if config.environment else None  # before this process fills the card
   described, rows = size.described(), PROMPTS * RESPONSES
-  peak = bench.machine(5, 'bfloat16', SIDE[config.size])
+  peak = rates.machine(5, 'bfloat16', SIDE[config.size])
   told = bench.get_config([])
   told.update(dtype='bfloat16', sequences=rows, responses=RESPONSES, repeats=config.rounds)
   row = bench.bench(NAME, size, told, peak, None)
   tree = jax.eval_shape(bench.decoder.decoder(described, jnp.bfloat16).init, jax.random.key(0))
   weights = sum(leaf.size for leaf in jax.tree.leaves(tree))
   decoding = row['parts']['sample']['seconds'] - row['parts']['prefill']['seconds']
-  read = size.tokens * step_bytes(size, described, rows, weights)
   found = {
     'update': row['parts']['update']['flops_share'],
-    'decoding': read / decoding / peak.copies,
+    'decoding': row['parts']['sample']['bytes'] / decoding / peak.copies,
   }
-  other = peer(config) if config.environment else None
   if other is not None:
     ours, theirs = other['ours'], other['peer']
     found['tokens'] = ours['tokens_per_second'] / theirs['tokens_per_second']

@@ -31,7 +31,7 @@ from experiments.studies.proxies import (
   train,
 )
 from experiments.studies.tracks import Track, average, end, gained, gold_at, lost, paths, turn
-from rlhf_jax import actor, learner, loop
+from rlhf_jax import actor, learner, loop, setups
 from rlhf_jax.evaluation.plots import COLOURS
 from rlhf_jax.experience import Judging
 from rlhf_jax.judges import ensemble
@@ -105,9 +105,9 @@ def curve(proxy: np.ndarray, gold: np.ndarray, counts: Sequence[int]) -> dict[st
 # ---- PPO -------------------------------------------------------------------------------------
 
 
-def make_ppo(world: World, size: Size) -> tuple[loop.Setup, loop.Functions]:
+def make_ppo(world: World, size: Size) -> tuple[setups.Setup, setups.Functions]:
   """The project's own round under its PPO; a judge is put in later, and compiles nothing again."""
-  setup = loop.Setup(
+  setup = setups.Setup(
     model=world.model,
     objective=OBJECTIVES['ppo'](
       kl_weight=size['kl_weight'], clip=0.2, gae_lambda=0.95, discount=1.0, value_weight=0.1
@@ -122,14 +122,14 @@ def make_ppo(world: World, size: Size) -> tuple[loop.Setup, loop.Functions]:
     responses=size['responses'],
     opponents=1,
   )
-  loop.check(setup)
-  return setup, loop.functions(setup)
+  setups.check(setup)
+  return setup, setups.functions(setup)
 
 
 def ppo(
   world: World,
-  setup: loop.Setup,
-  compiled: loop.Functions,
+  setup: setups.Setup,
+  compiled: setups.Functions,
   judge: Judge,
   rows: np.ndarray,
   size: Size,
@@ -137,7 +137,7 @@ def ppo(
 ) -> dict[str, Any]:
   """Gold of both halves of each round's prompts, the proxy and the sampled KL, by round."""
   setup = setup._replace(judging=Judging(judge))
-  state = loop.start(setup, jax.random.key(seed), world.policy, world.policy)
+  state = setups.start(setup, jax.random.key(seed), world.policy, world.policy)
   rng, halves, proxy, kl = np.random.default_rng([seed, 2]), [], [], []
   for round_ in range(size['rounds']):
     chosen = rng.choice(rows, size['batch'], replace=len(rows) < size['batch'])

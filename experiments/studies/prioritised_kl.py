@@ -19,7 +19,7 @@ import optax
 
 from experiments.studies import additions
 from experiments.studies.base import Figure, Measured, Size, Study, interval, kept, say, text
-from rlhf_jax import actor, learner, loop, sharding
+from rlhf_jax import actor, learner, loop, setups, sharding
 from rlhf_jax.evaluation.plots import COLOURS
 from rlhf_jax.experience import Judging
 from rlhf_jax.models.base import LanguageModel
@@ -43,7 +43,7 @@ class World(NamedTuple):
   model: LanguageModel
   mesh: sharding.Mesh
   mark: additions.Mark
-  runs: Mapping[str, tuple[loop.Setup, loop.Functions]]  # by method
+  runs: Mapping[str, tuple[setups.Setup, setups.Functions]]  # by method
 
 
 def objective(method: str, size: Size) -> Objective:
@@ -64,7 +64,7 @@ def make_world(size: Size) -> World:
   sample = actor.sampler(model, max_tokens=longest, end_tokens=(additions.END,), mesh=mesh)
   runs = {}
   for method in methods(size):
-    setup = loop.Setup(
+    setup = setups.Setup(
       model=model,
       objective=objective(method, size),
       judging=Judging(additions.judge()),
@@ -77,8 +77,8 @@ def make_world(size: Size) -> World:
       responses=size['responses'],
       opponents=1,
     )
-    loop.check(setup)
-    runs[method] = setup, loop.functions(setup)
+    setups.check(setup)
+    runs[method] = setup, setups.functions(setup)
   return World(model, mesh, additions.marker(model), runs)
 
 
@@ -115,7 +115,7 @@ def tune(
   Every method is asked the same sums.
   """
   setup, compiled = world.runs[method]
-  state = loop.start(setup, jax.random.key(seed), policy, policy)
+  state = setups.start(setup, jax.random.key(seed), policy, policy)
   rng, batch = np.random.default_rng([seed, 3]), size['batch']
   rounds, accuracy, kl = [0], [additions.right(world.mark(policy, held[1]))], []
   for round_ in range(size['rounds']):

@@ -9,7 +9,7 @@ import optax
 
 from experiments.studies.base import Size
 from experiments.studies.proxies import World, gold_rewards
-from rlhf_jax import learner, loop, players
+from rlhf_jax import learner, loop, players, setups
 from rlhf_jax.evaluation import drift
 from rlhf_jax.experience import Judging
 from rlhf_jax.judges.base import Judge
@@ -48,7 +48,7 @@ def trainer(world: World, objective: Objective, size: Size, learning_rate: float
 
   Compiled once for all seeds.
   """
-  setup = loop.Setup(
+  setup = setups.Setup(
     model=world.model,
     objective=objective,
     judging=Judging(gold_judge(world), 'compare'),
@@ -61,11 +61,11 @@ def trainer(world: World, objective: Objective, size: Size, learning_rate: float
     responses=size['responses'],
     opponents=size['opponents'],
   )
-  loop.check(setup)
-  compiled = loop.functions(setup)
+  setups.check(setup)
+  compiled = setups.functions(setup)
 
   def train(rows: np.ndarray, seed: int) -> Iterator[Params]:
-    state = loop.start(setup, jax.random.key(seed), world.policy, world.policy)
+    state = setups.start(setup, jax.random.key(seed), world.policy, world.policy)
     rng = np.random.default_rng([seed, 5])
     for round_ in range(size['steps']):
       chosen = rng.choice(rows, size['batch'], replace=len(rows) < size['batch'])

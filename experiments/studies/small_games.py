@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax import actor, learner, loop, players, sharding
+from rlhf_jax import actor, learner, loop, players, setups, sharding
 from rlhf_jax.experience import Judging
 from rlhf_jax.judges.base import Judge
 from rlhf_jax.objectives import Objective
@@ -70,7 +70,7 @@ def reached(
     return learning_rate * (1 - step % steps / steps if decays else jnp.ones(()))
 
   counts = tuple(max(1, round(share * batch)) for share in replay)
-  setup = loop.Setup(
+  setup = setups.Setup(
     model=model,
     objective=objective,
     judging=Judging(asked or judge.judge(games, depth), link),
@@ -91,7 +91,7 @@ def reached(
     ordinals = jnp.arange(batch, dtype=jnp.int32) + round_ * batch
     return Prompts((jnp.arange(batch) % len(games))[:, None], seen, ordinals)
 
-  def laws(state: loop.RunState) -> list[Law]:
+  def laws(state: setups.RunState) -> list[Law]:
     found = law_of(
       {'policy': state.params['policy']},
       prompts=everyone[0],
@@ -106,12 +106,12 @@ def reached(
 
   found: list[list[Law]] = []
 
-  def after(round_: int, state: loop.RunState, figures: dict[str, float], _: Experience) -> None:
+  def after(round_: int, state: setups.RunState, figures: dict[str, float], _: Experience) -> None:
     del figures
     if (round_ + 1) % every == 0:
       found.append(laws(state))
 
-  state = loop.start(setup, jax.random.key(seed), reference, reference)
+  state = setups.start(setup, jax.random.key(seed), reference, reference)
   loop.run(setup, state, rounds=rounds, prompts=prompts, after=after)
   return [list(each) for each in zip(*found, strict=True)]
 

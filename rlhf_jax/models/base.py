@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
 from rlhf_jax import sharding
 from rlhf_jax.types import Array, Params
 
@@ -29,4 +31,10 @@ class LanguageModel(NamedTuple):
   context: int  # most tokens of prompt and response together
   condense: Callable[[Params], Params] = lambda params: params
   # parameters as a rollout holds them: `head`, `prefill` and `step` read either, to the same number
+  grow: Callable[[Any, int], Any] = lambda cache, length: cache  # noqa: ARG005
+  # (cache, T) -> the cache with room for T tokens a response, where it has less
+  take: Callable[[Any, Array, int], Any] = lambda kept, rows, batch: jax.tree.map(  # noqa: ARG005
+    lambda x: x[rows], kept
+  )
+  # (a prefix or a cache of `batch` prompts, i32[b]) -> that of the prompts named, in their order
   layout: sharding.Layout | None = None  # where parameters and rows lie; None: as they come

@@ -24,17 +24,20 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from rlhf_jax import sharding
-from rlhf_jax.models import depth, lora, rope
+from rlhf_jax.models import depth, fused, int8, lora, precision, rope
+from rlhf_jax.models.attention import (
+  Mask,
+  Source,
+  attention,
+  capped,
+  merged,
+  position_ids,
+  visible,
+)
 from rlhf_jax.models.base import LanguageModel
 from rlhf_jax.types import Array, Params
 
-# Finite, so that a row with nothing to attend to averages instead of turning into NaN.
-MASKED = -1e30
-
 GROUPS = 'groups'  # of parameters: the layers as `depth.walk` reads them
-
-# Of whole rows: True where a token is, or the number of the document that it is of, 0 for padding.
-Mask = Bool[Array, 'R S'] | Int[Array, 'R S']
 
 # query f[B, H, K, G, E], key and value f[B, H, K, E]
 #   -> mixed f[B, H, K, G, E], (keys, values) to keep
@@ -150,18 +153,6 @@ def rope_frequencies(config: DecoderConfig, *, local: bool = False) -> np.ndarra
   return rope.frequencies(config.rope_theta, config.rotary_dim, config.rope_scaling)
 
 
-def _wide(dtype: Any) -> Any:
-  """At least float32: norms, angles, softmax and logits are never narrower."""
-  return jnp.promote_types(dtype, jnp.float32)
-
-
-def _precision(dtype: Any) -> jax.lax.Precision:
-  # Accelerators multiply float32 in TF32 or bfloat16 by default, and the sampler and the learner
-  # then disagree by 1e-3. Who asks for float32 gets it; bfloat16 is the way to speed.
-  wide = jnp.dtype(dtype).itemsize >= 4
-  return jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT
-
-
 def _promote(*arrays: Array | None, dtype: Any = None, inexact: bool = True) -> list[Array | None]:
   """Inputs, kernel and bias as `nn.Dense` multiplies and adds them."""
   del inexact
@@ -195,7 +186,7 @@ class Norm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, '... D']) -> Float[Array, '... D']:
-    wide, shape = _wide(self.dtype), (x.shape[-1],)
+    wide, shape = precision.wide(self.dtype), (x.shape[-1],)
     first = nn.initializers.zeros if self.kind == 'rms_offset' else nn.initializers.ones
     scale = self.param('scale', first, shape, wide)
     x = x.astype(wide)
@@ -250,21 +241,26 @@ class Layer(nn.Module):
     return attended + after('mlp_post_norm', self._mlp(inputs)), memory
 
   def _dense(self, features: int, bias: bool, name: str, inputs: Array) -> Array:
-    dense = nn.Dense(
-      features,
-      use_bias=bias,
-      dtype=self.dtype,
-      param_dtype=_wide(self.dtype),
-      precision=_precision(self.dtype),
-      kernel_init=nn.initializers.normal(0.02),
-      promote_dtype=_promote,
-      name=name,
-    )
+    own: Any = self.get_variable('params', name)
     adapter: Any = self.get_variable('params', f'{name}_lora')  # put there by `lora.join`
-    rows = flattened(inputs) if self.flat else inputs
-    out = dense(rows)
+    rows, exact = flattened(inputs) if self.flat else inputs, precision.of(self.dtype)
+    if own is not None and int8.is_int8(own['kernel']):  # put there by `int8.rounded`
+      out = int8.product(rows, own['kernel'], self.dtype, exact)
+      out = out + own['bias'] if bias else out
+    else:
+      dense = nn.Dense(
+        features,
+        use_bias=bias,
+        dtype=self.dtype,
+        param_dtype=precision.wide(self.dtype),
+        precision=exact,
+        kernel_init=nn.initializers.normal(0.02),
+        promote_dtype=_promote,
+        name=name,
+      )
+      out = dense(rows)
     if adapter is not None:
-      out = out + lora.side(adapter, rows, self.dtype, _precision(self.dtype))
+      out = out + lora.side(adapter, rows, self.dtype, exact)
     return out.astype(self.dtype).reshape(*inputs.shape[:-1], features)
 
   def _heads(self, count: int, name: str, inputs: Array, *, normed: bool) -> Array:
@@ -317,68 +313,6 @@ def rotate(
   return jnp.concatenate([turned.astype(x.dtype), still], axis=-1)
 
 
-class Source(NamedTuple):
-  """Keys and values with who may see them; rank 4 is shared by the queries, rank 3 is one each.
-
-  Those have H, B and K as one axis: with more axes, XLA copies a cache that it could update, and
-  behind another one heads could not be split over devices.
-  """
-
-  keys: Array  # f[B, H, P, E] or f[H·B·K, T, E]
-  values: Array  # like keys
-  mask: Array  # bool, broadcasts to f[B, H, K, G, P]
-
-
-def merged(x: Float[Array, 'B H K *rest']) -> Float[Array, 'HBK *rest']:
-  """Heads, rows and responses as one axis."""
-  return x.swapaxes(0, 1).reshape(-1, *x.shape[3:])
-
-
-def attention(
-  query: Float[Array, 'B H K G E'],
-  sources: Sequence[Source],
-  *,
-  scale: float | None = None,
-  cap: float | None = None,
-) -> Float[Array, 'B H K G E']:
-  """Σ_t w_t v_t with w = softmax(s) over all sources together, s = q kᵀ / √E.
-
-  With a `scale`, s = scale · q kᵀ; with a `cap`, cap · tanh(s / cap) instead of s. A query that
-  may see nothing gets a finite average. Products in the type of `query`, the softmax at least in
-  float32.
-  """
-  dtype, wide = query.dtype, _wide(query.dtype)
-  precision = _precision(dtype)
-  if scale is None:
-    query = query / np.sqrt(query.shape[-1]).astype(dtype)
-  else:
-    query = query * np.asarray(scale, dtype)
-
-  def product(ours: Array, theirs: Array, own: str, shared: str) -> Array:
-    """f[B, H, K, G, X] of the queries and f[..., Y, Z] of a source -> f[B, H, K, G, ...]."""
-    ways = {'precision': precision, 'preferred_element_type': wide}
-    if theirs.ndim == 4:
-      return jnp.einsum(shared, ours, theirs, **ways)
-    found = jnp.einsum(own, merged(ours), theirs, **ways)
-    batch, heads, *rest = ours.shape[:4]
-    return found.reshape(heads, batch, *rest, found.shape[-1]).swapaxes(0, 1)
-
-  def scores(source: Source) -> Array:
-    products = product(query, source.keys, 'nge,nte->ngt', 'bhkge,bhte->bhkgt')
-    return jnp.where(source.mask, capped(products, cap), MASKED)
-
-  def mixed(source: Source, weights: Array) -> Array:
-    return product(weights.astype(dtype), source.values, 'ngt,nte->nge', 'bhkgt,bhte->bhkge')
-
-  found = [scores(source) for source in sources]
-  # The shift cancels in the quotient, and its gradient with it.
-  top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [s.max(-1) for s in found]))
-  weights = [jnp.exp(s - top[..., None]) for s in found]
-  total = functools.reduce(jnp.add, [w.sum(-1) for w in weights])
-  parts = [mixed(source, w) for source, w in zip(sources, weights, strict=True)]
-  return (functools.reduce(jnp.add, parts) / total[..., None]).astype(dtype)
-
-
 def flattened(x: Float[Array, '... D']) -> Float[Array, 'N D']:
   """Tokens as one axis, before a product with weights.
 
@@ -386,11 +320,6 @@ def flattened(x: Float[Array, '... D']) -> Float[Array, 'N D']:
   to make one of them.
   """
   return x.reshape(-1, x.shape[-1])
-
-
-def capped(x: Array, cap: float | None) -> Array:
-  """cap · tanh(x / cap): nearly x where it is small, and never beyond ±cap."""
-  return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class Decoder(nn.Module):
@@ -401,11 +330,12 @@ class Decoder(nn.Module):
   remat: str = 'none'
   scan: bool = False
   layout: sharding.Layout | None = None
+  kernel: str = 'xla'  # of attention over whole rows: fused.py
 
   def setup(self):
-    config, wide = self.config, _wide(self.dtype)
+    config, wide = self.config, precision.wide(self.dtype)
     normal = nn.initializers.normal(0.02)
-    self.embedding = self.param('embedding', normal, (config.vocab_size, config.width), wide)
+    self.embedding = self._table('embedding', normal, (config.vocab_size, config.width), wide)
     if config.positions == 'learned':
       self.positions = self.param('positions', normal, (config.context, config.width), wide)
     devices = jax.devices() if self.layout is None else self.layout.mesh.devices.ravel()
@@ -413,13 +343,17 @@ class Decoder(nn.Module):
     self.layers = [Layer(config, self.dtype, self.flat) for _ in range(config.layers)]
     self.norm = Norm(config.norm, config.norm_epsilon, self.dtype)
     if not config.tied:
-      self.output = self.param('head', normal, (config.width, config.vocab_size), wide)
+      self.output = self._table('head', normal, (config.width, config.vocab_size), wide)
+
+  def _table(self, name: str, *given: Any) -> Any:
+    held: Any = self.get_variable('params', name)
+    return held if int8.is_int8(held) else self.param(name, *given)
 
   def _embed(
     self, tokens: Int[Array, '...'], positions: Int[Array, '...']
   ) -> Float[Array, '... D']:
     """The input of the first layer. NaN where a learned position lies outside the context."""
-    x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+    x = int8.rows(self.embedding, tokens).astype(self.dtype)
     if self.config.scaled_embedding:
       x = x * np.sqrt(self.config.width).astype(self.dtype)
     if self.config.positions == 'learned':
@@ -428,7 +362,7 @@ class Decoder(nn.Module):
 
   def _turns(self, positions: Int[Array, '...']) -> list[Turn | None]:
     """Of each layer; those with the same angles share them. None where nothing turns."""
-    config, wide = self.config, _wide(self.dtype)
+    config, wide = self.config, precision.wide(self.dtype)
     places = positions[..., None].astype(wide)
     if isinstance(config.rope_scaling, rope.Dynamic | rope.Long):
       places = jnp.where(places < config.context, places, jnp.nan)
@@ -456,25 +390,28 @@ class Decoder(nn.Module):
     return attention(query, sources, scale=config.attention_scale, cap=config.attention_cap)
 
   def _rows(
-    self, tokens: Int[Array, 'R S'], attended: Mask
+    self, tokens: Int[Array, 'R S'], attended: Mask, kernel: str = 'xla'
   ) -> tuple[Array, list[tuple[Turn | None, Attend]]]:
     """Whole rows. -> the first layer's input f[R, S, D], and what each layer takes beside it."""
-    positions = position_ids(attended)
-    own = visible(attended)
+    config, positions, own = self.config, position_ids(attended), visible(attended)
+    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
 
-    def seen(window: int | None) -> Array:
-      mask = own
+    def within(window: int | None) -> fused.Mix:
+      if kernel == 'splash':
+        cap, layout = config.attention_cap, self.layout
+        return fused.splash(attended, scale, window=window, cap=cap, layout=layout)
+      seen = own
       if window is not None:
-        mask &= positions[:, :, None] - positions[:, None, :] < window
-      return mask[:, None, :, None, :]
+        seen &= positions[:, :, None] - positions[:, None, :] < window
+      if kernel == 'cudnn':
+        return fused.cudnn(seen, scale)
+      mask = seen[:, None, :, None, :]
+      return lambda query, key, value: self._attend(query, [Source(key, value, mask)])
 
-    def over(mask: Array) -> Attend:
-      def attend(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
-        return self._attend(query, [Source(key, value, mask)]), (key, value)
+    def over(mix: fused.Mix) -> Attend:
+      return lambda query, key, value: (mix(query, key, value), (key, value))
 
-      return attend
-
-    attends = map(over, self._masks(seen))
+    attends = map(over, self._masks(within))
     x = sharding.constrain_batch(self._embed(tokens, positions), self.layout)
     return x, list(zip(self._turns(positions), attends, strict=True))
 
@@ -508,7 +445,7 @@ class Decoder(nn.Module):
   ) -> tuple[Array, list[Any]]:
     """Every layer over whole rows. -> f[R, S, D] before the last norm, and where it `keeps` them
     (keys, values) of each."""
-    x, given = self._rows(tokens, attended)
+    x, given = self._rows(tokens, attended, 'xla' if keeps else self.kernel)
 
     def layer(own: Callable, beside: Any, x: Array, _: Any) -> tuple[Array, Any]:
       x, kept = own(x, *beside)
@@ -527,13 +464,9 @@ class Decoder(nn.Module):
 
   def head(self, hidden: Float[Array, '... D']) -> Float[Array, '... V']:
     """Logits, at least float32 whatever the compute dtype."""
-    kernel = self.embedding.T if self.config.tied else self.output
-    logits = jnp.dot(
-      (flattened(hidden) if self.flat else hidden).astype(self.dtype),
-      kernel.astype(self.dtype),
-      precision=_precision(self.dtype),
-      preferred_element_type=_wide(self.dtype),
-    )
+    kernel = jax.tree.map(jnp.transpose, self.embedding) if self.config.tied else self.output
+    rows = flattened(hidden) if self.flat else hidden
+    logits = int8.product(rows, kernel, self.dtype, precision.of(self.dtype))
     return capped(logits, self.config.logit_cap).reshape(*hidden.shape[:-1], -1)
 
   def prefill(
@@ -645,28 +578,16 @@ def kinds_of(config: DecoderConfig) -> list[Any]:
 
 def _narrow(params: Params, dtype: Any) -> Params:
   """Matrices as the products read them in any case; vectors are added and multiplied wide."""
-  return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
+
+  def one(leaf: Any) -> Any:
+    return leaf if int8.is_int8(leaf) or leaf.ndim < 2 else leaf.astype(dtype)
+
+  return jax.tree.map(one, params, is_leaf=int8.is_int8)
 
 
 def _groups(config: DecoderConfig, params: Params, scan: bool) -> list[Params]:
   layers = [params[f'layers_{number}'] for number in range(config.layers)]
   return depth.grouped(layers, kinds_of(config), scan=scan)
-
-
-def visible(attended: Mask) -> Bool[Array, 'R S S']:
-  """Which tokens each one sees: itself and the attended ones before it, of its own document."""
-  causal = jnp.tril(jnp.ones((attended.shape[1],) * 2, bool))
-  if attended.dtype == bool:
-    return causal & attended[:, None, :]
-  same = attended[:, :, None] == attended[:, None, :]
-  return causal & same & (attended > 0)[:, None, :]
-
-
-def position_ids(attended: Mask) -> Int[Array, 'R S']:
-  """How many attended tokens of its document lie before each: padding takes no position."""
-  if attended.dtype == bool:
-    return jnp.maximum(jnp.cumsum(attended, axis=1, dtype=jnp.int32) - 1, 0)
-  return jnp.maximum(visible(attended).sum(axis=2, dtype=jnp.int32) - 1, 0)
 
 
 def decoder(
@@ -676,6 +597,7 @@ def decoder(
   remat: str = 'none',
   scan: bool = False,
   layout: sharding.Layout | None = None,
+  kernel: str = 'xla',
 ) -> LanguageModel:
   """The pure functions of a decoder that computes in `dtype`; parameters are at least float32.
 
@@ -684,12 +606,22 @@ def decoder(
   change memory and compile time, and no number (depth.py): `remat` of the full forward, `scan` of
   prefill and step as well.
   A `layout` keeps each device at its own rows: parameters come to them, layer by layer.
+  `kernel` is of the attention of `hidden` (fused.py).
 
   Raises:
-    ValueError: `remat` is unknown.
+    ValueError: `remat` is unknown, or the kernel is not made for this model or these devices.
   """
   depth.check(remat)
-  module = Decoder(config, dtype, remat, scan, layout)
+  devices = jax.devices() if layout is None else layout.mesh.devices.ravel()
+  fused.check(
+    kernel,
+    dtype,
+    devices[0].platform,
+    tensor=1 if layout is None else layout.mesh.shape[sharding.TENSOR],
+    head_dim=config.head_dim,
+    cap=config.attention_cap,
+  )
+  module = Decoder(config, dtype, remat, scan, layout, kernel)
 
   @jax.jit
   def init(key: Array) -> Params:
@@ -706,6 +638,28 @@ def decoder(
 
     return Cache(tuple(map(empty, prefix.keys)), tuple(map(empty, prefix.values)))
 
+  def grow(cache: Cache, length: int) -> Cache:
+    def longer(x: Array) -> Array:
+      room = [(0, 0)] * x.ndim
+      room[-2] = (0, length - x.shape[-2])
+      return jnp.pad(x, room)
+
+    return jax.tree.map(longer, cache)
+
+  def take(kept: Prefix | Cache, rows: Array, batch: int) -> Prefix | Cache:
+    def of_prompt(x: Array) -> Array:
+      return jnp.take(x, rows, axis=x.ndim - 4)
+
+    def of_response(x: Array) -> Array:
+      *lead, _, length, width = x.shape
+      parts = x.reshape(*lead, config.kv_heads, batch, -1, length, width)
+      return of_prompt(parts).reshape(*lead, -1, length, width)
+
+    if isinstance(kept, Cache):
+      return jax.tree.map(of_response, kept)
+    keys, values = jax.tree.map(of_prompt, (kept.keys, kept.values))
+    return Prefix(keys, values, kept.attended[rows], kept.lengths[rows])
+
   def condense(params: Params) -> Params:
     narrow = _narrow(params, dtype)
     ends = {name: leaf for name, leaf in narrow.items() if not name.startswith('layers_')}
@@ -719,6 +673,8 @@ def decoder(
     start=start,
     step=lambda params, *arguments: apply('step', params, *arguments),
     condense=condense,
+    grow=grow,
+    take=take,
     width=config.width,
     vocab_size=config.vocab_size,
     context=config.context,

@@ -119,7 +119,7 @@ def examples(
 ) -> Examples:
   """One group a prompt (N = B); an example weighs what its pairs do together."""
   own, rows = experience.own, jnp.arange(index.shape[0])[:, None]
-  # Behind a gather XLA would not know the rows of the scores again (`loop.one_program`).
+  # Behind a gather XLA would not know the rows of the scores again (`setups.one_program`).
   all_of_them = isinstance(index, np.ndarray) and np.array_equal(index, everyone(experience))
 
   def chosen(values: Array) -> Array:

@@ -1,6 +1,7 @@
 """Exact mode: every response of a small game, with its probability, in place of samples."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from rlhf_jax.ops import logprobs
 from rlhf_jax.types import Array, Params, Responses, Sampling
 
 
-def enumerator(model: LanguageModel, spellings: np.ndarray) -> Callable[..., Responses]:
+def enumerator(model: LanguageModel, spellings: np.ndarray) -> Callable[..., Any]:
   """A stand-in for `actor.sampler` that draws nothing: K = A responses of weight π(y).
 
   Args:
@@ -24,15 +25,18 @@ def enumerator(model: LanguageModel, spellings: np.ndarray) -> Callable[..., Res
 
   def enumerate_(
     params: Mapping[str, Params],
-    player: players.Player,
+    player: players.Player | list[players.Player],
     prompts: Array,
     prompt_attended: Array,
     ordinals: Array,
-    key: Array,
+    key: Array | list[Array],
     settings: Sampling,
     *,
-    responses: int,
-  ) -> Responses:
+    responses: int | tuple[int, ...],
+  ) -> Responses | list[Responses]:
+    if isinstance(player, list):
+      rest = prompts, prompt_attended, ordinals, key, settings
+      return [enumerate_(params, one, *rest, responses=responses) for one in player]  # type: ignore[misc]
     del ordinals, key, responses  # nothing is drawn, and all responses are there
     batch = prompts.shape[0]
     tokens = jnp.broadcast_to(jnp.asarray(spellings), (batch, actions, length))

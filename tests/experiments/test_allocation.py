@@ -1,4 +1,4 @@
-"""What a process keeps of the memory that it has freed."""
+"""How much memory a process has resident, and what it keeps of what it has freed."""
 
 import os
 import subprocess
@@ -45,3 +45,43 @@ def test_what_a_function_needed_is_there_for_its_next_call():
   _, many = faults()
   # Of 4 KiB each they are 16384, of 2 MiB 32.
   assert int(few) < 16 < int(many), (few, many)
+
+
+PEAK = """
+import sys
+from experiments import allocation
+
+if 'absent' in sys.argv:
+  allocation.STATUS = allocation.STATUS / 'absent'
+before = allocation.resident()
+block = b'x' * 2**26
+with_it = allocation.resident()
+del block
+again = allocation.resident()
+print(before, with_it, again, allocation.forget(), allocation.resident())
+"""
+
+
+@pytest.mark.parametrize('way', ['known', 'absent'])
+def test_the_peak_is_the_most_until_it_is_forgotten(way):
+  if way == 'known' and not Path('/proc/self/status').exists():
+    pytest.skip('no /proc')
+  words = [sys.executable, '-c', PEAK, way]
+  done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+  before, with_it, again, forgotten, after = done.stdout.split()
+  # `ru_maxrss` may begin at the parent's peak, above all of this.
+  assert int(with_it) - int(before) > 0.9 * 2**26 or way == 'absent'
+  assert int(again) > int(with_it) - 2**21 and int(before) > 2**22  # Linux counts in batches
+  if way == 'known' and forgotten == 'True':
+    assert int(after) < int(again) - 0.9 * 2**26
+
+
+def test_of_another_program_than_its_parent():
+  """A child's peak is its own, though it is forked from a process of 256 MiB."""
+  if not Path('/proc/self/status').exists():
+    pytest.skip('no /proc')
+  script = 'from experiments import allocation; print(allocation.resident())'
+  run = f'subprocess.run([sys.executable, "-c", {script!r}])'
+  words = [sys.executable, '-c', f'import subprocess, sys; block = b"x" * 2**28; {run}']
+  done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+  assert int(done.stdout) < 2**27

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from experiments import assemble, ppo, train
 from experiments.launch import parse
-from rlhf_jax import checkpoints, loop, metrics
+from rlhf_jax import checkpoints, metrics, setups
 from rlhf_jax.models import decoder, heads, huggingface
 
 pytestmark = pytest.mark.slow
@@ -46,7 +46,7 @@ def test_a_value_model_is_the_reward_model(toy, reward, tmp_path):
   assert found.setup.value_model.width == 8 and found.setup.model.width == 16
   expected = huggingface.read_reward_model(reward)[1]
   jax.tree.map(np.testing.assert_array_equal, found.value, expected)
-  state = loop.start(found.setup, jax.random.key(0), found.policy, found.reference, found.value)
+  state = setups.start(found.setup, jax.random.key(0), found.policy, found.reference, found.value)
   jax.tree.map(np.testing.assert_array_equal, state.params['value'], expected)
   # Prompts must leave room in both contexts.
   assert config.sampling.max_tokens + max(b.tokens.shape[1] for b in found.heldout) <= 48
@@ -90,7 +90,7 @@ def test_everything_at_once_trains_and_resumes(toy, reward, command, tmp_path):
   assert 0 < figures[0]['rollout/logp_gap'] < 0.05  # of bfloat16; 1e-6 in float32
   assert figures[0]['learner/gradient_norm'] > 0
   found, config = parts(flags)
-  target = loop.start(found.setup, jax.random.key(0), found.policy, found.reference, found.value)
+  target = setups.start(found.setup, jax.random.key(0), found.policy, found.reference, found.value)
   state = checkpoints.restore(Path(config.workdir) / 'checkpoints', target).state
   floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
   assert {x.dtype for x in floats} == {jnp.dtype('float32')}  # parameters and moments

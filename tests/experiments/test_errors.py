@@ -88,6 +88,7 @@ def test_what_is_compiled_is_seen(compiled):
     ('ppo', '--config.optimizer.learning_rate=-1', 'learning_rate must be at least 0, got -1'),
     ('ppo', '--config.optimizer.schedule=up', "got 'up'"),
     ('nash_md', '--config.learner.passes=2', 'on policy only'),
+    ('ppo', '--config.learner.length_buckets=0', 'length_buckets must be at least 1, got 0'),
     ('nash_md', '--config.judge.link=odds', "got 'odds'"),
   ],
 )

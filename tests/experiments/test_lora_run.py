@@ -8,7 +8,7 @@ import pytest
 
 from experiments import assemble, nash_md
 from experiments.launch import parse
-from rlhf_jax import checkpoints, loop
+from rlhf_jax import checkpoints, setups
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ def saved(toy, workdir, *changes):
   """The run's parts, and the state of its newest checkpoint."""
   argv = toy.flags(workdir, *LORA, RATE, *changes, judge='prefer')
   parts = assemble.parts(parse(nash_md.get_config(argv), argv))
-  fresh = loop.start(parts.setup, jax.random.key(0), parts.policy, parts.reference)
+  fresh = setups.start(parts.setup, jax.random.key(0), parts.policy, parts.reference)
   return parts, checkpoints.restore(workdir / 'checkpoints', fresh).state
 
 

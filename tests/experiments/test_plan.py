@@ -241,7 +241,7 @@ import json
 import jax
 
 from experiments import assemble, plan, planned, shapes, targets
-from rlhf_jax import loop, sharding
+from rlhf_jax import loop, setups, sharding
 from rlhf_jax.types import Prompts
 
 targets.prepare('cpu-8')
@@ -256,7 +256,7 @@ found, _ = planned.compiled(model, None, assemble.say, {})
 # The same run with numbers: what lies on the first device, and what its compiled steps need.
 setup = model.setup
 policy = setup.model.init(jax.random.key(0))
-state = loop.start(setup, jax.random.key(0), policy, policy)
+state = setups.start(setup, jax.random.key(0), policy, policy)
 rows = lambda x: jax.device_put(jax.numpy.ones(x.shape, x.dtype), x.sharding)
 prompts = Prompts(*jax.tree.map(rows, model.prompts[:3]))
 
@@ -274,9 +274,9 @@ def noted(name, function):
     return function(*arguments, **static)
   return call
 
-functions = {n: noted(n, f) for n, f in loop.functions(setup)._asdict().items()}
+functions = {n: noted(n, f) for n, f in setups.functions(setup)._asdict().items()}
 setup = setup._replace(sample=noted('rollout', setup.sample))
-state, _, _ = loop.play(setup, loop.Functions(**functions), state, prompts)
+state, _, _ = loop.play(setup, setups.Functions(**functions), state, prompts)
 start = setup.model.prefill
 prefix = jax.eval_shape(start, policy, prompts.tokens, prompts.attended)[1]
 cache = jax.eval_shape(lambda p: setup.model.start(p, 2, 4), prefix)

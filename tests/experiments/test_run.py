@@ -17,7 +17,7 @@ import pytest
 
 from experiments import assemble, nash_md, train
 from experiments.launch import parse
-from rlhf_jax import checkpoints, loop, metrics
+from rlhf_jax import checkpoints, metrics, setups
 
 # What carries the most from round to round: PPO's value head and adaptive weight, INPO's last
 # iterate, which is of the third round when the run breaks off after it.
@@ -43,12 +43,12 @@ def flags(toy, name: str, workdir: Path, *changes: str) -> list[str]:
   return toy.flags(workdir, *common, *own, *changes, judge=judge)
 
 
-def final_state(argv: list[str], name: str) -> loop.RunState:
+def final_state(argv: list[str], name: str) -> setups.RunState:
   """The newest checkpoint of the run that `argv` describes."""
   module = importlib.import_module(f'experiments.{name}')
   config = parse(module.get_config(argv), argv)
   parts = assemble.parts(config)
-  target = loop.start(parts.setup, jax.random.key(0), parts.policy, parts.policy)
+  target = setups.start(parts.setup, jax.random.key(0), parts.policy, parts.policy)
   return checkpoints.restore(Path(config.workdir) / 'checkpoints', target).state
 
 

@@ -10,8 +10,8 @@ import jax.test_util
 import numpy as np
 import pytest
 
+from rlhf_jax.models import attention, rope
 from rlhf_jax.models import decoder as decoders
-from rlhf_jax.models import rope
 
 STRETCHED = decoders.tiny(
   19,
@@ -215,12 +215,12 @@ def test_attention_by_hand():
   values = np.array([3, 6, 100], np.float32).reshape(1, 1, 3, 1)
   query = np.full((1, 1, 1, 1, 1), 2, np.float32)
   seen = np.array([True, True, False])
-  one = decoders.attention(query, [decoders.Source(keys, values, seen)])
+  one = attention.attention(query, [attention.Source(keys, values, seen)])
   own = (keys[0, :, 1:], values[0, :, 1:], seen[1:])
-  two = decoders.attention(
-    query, [decoders.Source(keys[:, :, :1], values[:, :, :1], seen[:1]), decoders.Source(*own)]
+  two = attention.attention(
+    query, [attention.Source(keys[:, :, :1], values[:, :, :1], seen[:1]), attention.Source(*own)]
   )
-  none = decoders.attention(query, [decoders.Source(keys, values, np.zeros(3, bool))])
+  none = attention.attention(query, [attention.Source(keys, values, np.zeros(3, bool))])
   np.testing.assert_allclose([one.item(), two.item(), none.item()], [5, 5, 109 / 3], rtol=1e-6)
 
 
@@ -233,8 +233,8 @@ def test_the_gradient_of_attention_is_that_of_a_softmax():
     seen = np.array([False, True, True, False, True])
 
     def mixed(query, key, value, own):
-      sources = [decoders.Source(key, value, seen), decoders.Source(*own, np.ones(3, bool))]
-      return decoders.attention(query, sources)
+      sources = [attention.Source(key, value, seen), attention.Source(*own, np.ones(3, bool))]
+      return attention.attention(query, sources)
 
     jax.test_util.check_grads(jax.jit(mixed), (query, key, value, own), order=1, modes=['rev'])
 
@@ -280,6 +280,21 @@ def test_bfloat16_computes_narrow_and_answers_wide():
   assert logits.dtype == jnp.float32
   exact = np.asarray(model.head(params, model.hidden(params, tokens, attended)))
   assert 1e-5 < np.abs(logits - exact).max() / np.abs(exact).max() < 0.05
+
+
+@pytest.mark.parametrize('name', ['stretched', 'sliding'])
+def test_in_bfloat16_the_cache_is_as_narrow(name):
+  model = decoders.decoder(CONFIGS[name], jnp.bfloat16)
+
+  def kept(key):
+    tokens = jnp.zeros((2, 3), jnp.int32)
+    params = model.condense(model.init(key))
+    prefix = model.prefill(params, tokens, tokens == 0)[1]
+    first = model.start(prefix, 2, 4)
+    return prefix[:2], first, model.step(params, tokens[:, :2], jnp.int32(0), prefix, first)[1]
+
+  found = jax.eval_shape(kept, jax.random.key(0))
+  assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype('bfloat16')}
 
 
 @pytest.mark.parametrize('count', [1, 5])
@@ -342,8 +357,8 @@ def test_scale_and_cap_by_hand():
   query, keys = np.full((1, 1, 1, 1, 1), 2.0, np.float32), np.zeros((1, 1, 2, 1), np.float32)
   keys[0, 0, 0] = 3
   values = np.array([1, 0], np.float32).reshape(1, 1, 2, 1)
-  source = decoders.Source(keys, values, np.ones(2, bool))
-  weight = decoders.attention(query, [source], scale=0.5, cap=2.0).item()
+  source = attention.Source(keys, values, np.ones(2, bool))
+  weight = attention.attention(query, [source], scale=0.5, cap=2.0).item()
   np.testing.assert_allclose(weight, 1 / (1 + np.exp(-2 * np.tanh(1.5))), rtol=1e-6)
 
 

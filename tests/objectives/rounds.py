@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax import actor, learner, loop, players
+from rlhf_jax import actor, learner, loop, players, setups
 from rlhf_jax.experience import Judging
 from rlhf_jax.objectives import Objective
 from rlhf_jax.tabular import exact, games, judge, recordings, table
@@ -40,8 +40,8 @@ def random_law(seed, actions=7):
 class Bench(NamedTuple):
   """One game under one objective, its round compiled once."""
 
-  setup: loop.Setup
-  compiled: loop.Functions
+  setup: setups.Setup
+  compiled: setups.Functions
   game: Game
   depth: int
 
@@ -55,7 +55,7 @@ def bench(
   optimizer: optax.GradientTransformation | None = None,
 ) -> Bench:
   model = table.table([game], depth, turns=objective.turns)
-  setup = loop.Setup(
+  setup = setups.Setup(
     model=model,
     objective=objective,
     judging=Judging(judge.judge([game], depth), link),
@@ -66,7 +66,7 @@ def bench(
     responses=1,
     opponents=1,
   )
-  return Bench(setup, loop.functions(setup), game, depth)
+  return Bench(setup, setups.functions(setup), game, depth)
 
 
 def on(there: Bench, game: Game, link: str | None = None) -> Bench:
@@ -81,7 +81,7 @@ def tree(there: Bench, law: np.ndarray):
   return table.table([game], there.depth, turns=turns).init(jax.random.key(0))
 
 
-def play(there: Bench, state: loop.RunState) -> loop.RunState:
+def play(there: Bench, state: setups.RunState) -> setups.RunState:
   ordinals = np.zeros(1, np.int32)
   recorded = None
   if isinstance(there.setup.objective.behaviour, players.Recorded):
@@ -90,12 +90,12 @@ def play(there: Bench, state: loop.RunState) -> loop.RunState:
   return loop.play(there.setup, there.compiled, state, prompts)[0]
 
 
-def start(there: Bench, law: np.ndarray, **copies: np.ndarray) -> loop.RunState:
+def start(there: Bench, law: np.ndarray, **copies: np.ndarray) -> setups.RunState:
   """Round 1 of a run whose policy is `law` and whose anchors are the reference and `copies`.
 
   In round 1 no anchor moves that moves every other round.
   """
-  state = loop.start(
+  state = setups.start(
     there.setup, jax.random.key(0), tree(there, law), tree(there, there.game.reference)
   )
   named = {name: tree(there, copy) for name, copy in copies.items()}
@@ -115,7 +115,7 @@ def largest(tree_) -> float:
   return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree_))
 
 
-def current(there: Bench, state: loop.RunState) -> np.ndarray:
+def current(there: Bench, state: setups.RunState) -> np.ndarray:
   """The law of the policy: f64[A]."""
   one = np.zeros((1, 1), np.int32), np.ones((1, 1), bool)
   found = there.setup.sample(
@@ -140,14 +140,14 @@ def flipped(there: Bench) -> Bench:
     return -losses, metrics
 
   setup = there.setup._replace(objective=objective._replace(loss=loss))
-  compiled = there.compiled._replace(update=loop.functions(setup).update)
+  compiled = there.compiled._replace(update=setups.functions(setup).update)
   return there._replace(setup=setup, compiled=compiled)
 
 
 def trained(there: Bench, rounds: int) -> np.ndarray:
   """The law of the policy after `rounds` rounds from the reference."""
   reference = tree(there, there.game.reference)
-  state = loop.start(there.setup, jax.random.key(0), reference, reference)
+  state = setups.start(there.setup, jax.random.key(0), reference, reference)
   for _ in range(rounds):
     state = play(there, state)
   return current(there, state)

@@ -7,7 +7,7 @@ import optax
 import pytest
 from rounds import REWARDS, TAU, bench, current, gradient, largest, play, start, tree
 
-from rlhf_jax import loop
+from rlhf_jax import loop, setups
 from rlhf_jax.experience import check_judging
 from rlhf_jax.judges.base import Judge
 from rlhf_jax.objectives import OBJECTIVES
@@ -85,7 +85,7 @@ def test_by_hand_on_two_actions():
   objective = constrained(REINFORCE, at_least={'second': 0.25}, rate=0.2)
   there = with_constraint(objective, game, [0.0, 1.0], optimizer=optax.sgd(2.0))
   reference = tree(there, game.reference)
-  state = loop.start(there.setup, jax.random.key(0), reference, reference)
+  state = setups.start(there.setup, jax.random.key(0), reference, reference)
   for _ in range(300):
     state = play(there, state)
   np.testing.assert_allclose(current(there, state), [0.75, 0.25], atol=2e-3)

@@ -28,7 +28,7 @@ from rounds import (
   trained,
 )
 
-from rlhf_jax import anchors, loop, players
+from rlhf_jax import anchors, loop, players, setups
 from rlhf_jax.experience import Judging
 from rlhf_jax.objectives import OBJECTIVES, Objective
 from rlhf_jax.ops import policy_gradient
@@ -307,9 +307,9 @@ def test_an_action_of_no_mass_below_all_others_is_finite(form):
     sample=exact.enumerator(model, table.spell(7, 1)),
   )
   reference = model.init(jax.random.key(0))
-  start_ = loop.start(setup, jax.random.key(0), reference, reference)
+  start_ = setups.start(setup, jax.random.key(0), reference, reference)
   prompts = Prompts(np.arange(2, dtype=np.int32)[:, None], np.ones((2, 1), bool), np.arange(2))
-  moved = loop.play(setup, loop.functions(setup), start_, prompts)[0].params['policy']['table']
+  moved = loop.play(setup, setups.functions(setup), start_, prompts)[0].params['policy']['table']
   assert np.isfinite(moved).all()
   # The mean over two prompts halves the gradient that a game has alone.
   alone = gradient(there, TIES.reference)['policy']['table'][0]

@@ -23,13 +23,15 @@ import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from experiments.bench import SIZES, Size, machine
+from experiments.bench import SIZES, Size
 from experiments.launch import launch
+from experiments.rates import machine
 from rlhf_jax import metrics
 from rlhf_jax.models import decoder, huggingface
 
 HERE = Path(__file__).parent
 TORCH = 'torch==2.13.0'
+WITHOUT_CUDA = 'https://download.pytorch.org/whl/cpu'
 BESIDE = (
   'transformers==5.23.0',
   'accelerate==1.15.0',
@@ -75,25 +77,37 @@ def get_config(argv: list[str]) -> ConfigDict:
   config.device = 'cpu'  # of the peer: 'cpu' or 'cuda'
   config.dtype = 'float32'  # or 'bfloat16', on both sides
   config.environment = 'runs/trl_environment'  # the peer's; made where it is absent
-  config.torch_index = ''  # where the wheels of torch are, as https://download.pytorch.org/whl/cpu
+  config.torch_index = ''  # where pip looks for torch; '': on CPU, where wheels without CUDA are
   config.output = 'runs/trl'
   return config
 
 
 def install(folder: Path, index: str) -> Path:
-  """The peer's Python, with what it needs. Releases of TRL lie beside each other in `folder`."""
+  """The peer's Python, with what it needs. Releases of TRL lie beside each other in `folder`.
+
+  torch comes first and from `index`, if one is given: what depends on it would bring another.
+
+  Raises:
+    ValueError: pip failed.
+  """
   python = folder / 'bin' / 'python'
   finished = folder / 'finished'
   if finished.exists():
     return python
-  venv.create(folder, with_pip=True)
-  pip = [str(python), '-m', 'pip', 'install', '--quiet']
-  where = ['--index-url', index] if index else []
-  subprocess.run([*pip, *where, TORCH], check=True)
-  subprocess.run([*pip, *BESIDE], check=True)
+  venv.create(folder, with_pip=True, symlinks=True)
+
+  def pip(*words: str) -> None:
+    done = subprocess.run([str(python), '-m', 'pip', 'install', '--quiet', *words])
+    if done.returncode:
+      raise ValueError(
+        f'pip could not install {words[-1]} in {folder}; it says why above, and torch alone is '
+        'looked for where --config.torch_index= names'
+      )
+
+  pip(*(['--index-url', index] if index else []), TORCH)
+  pip(*BESIDE)
   for release in sorted({case.release for case in CASES.values()}):
-    target = ['--no-deps', '--target', str(folder / f'trl-{release}')]
-    subprocess.run([*pip, *target, f'trl=={release}'], check=True)
+    pip('--no-deps', '--target', str(folder / f'trl-{release}'), f'trl=={release}')
   finished.touch()
   return python
 
@@ -206,16 +220,17 @@ def compare(name: str, size: Size, config: ConfigDict, python: Path, folder: Pat
   sides = []
   try:
     sides.append(Side([sys.executable, str(HERE / 'ours.py')], spec, folder, f'{name}.ours', root))
+    theirs = os.pathsep.join([str(release), root])  # of ours: how it reads its own memory
     for variant in variants:
       told, called = {**spec, 'variant': variant}, f'{name}.trl.{variant}'
-      sides.append(Side([str(python), str(HERE / 'peer.py')], told, folder, called, str(release)))
+      sides.append(Side([str(python), str(HERE / 'peer.py')], told, folder, called, theirs))
     for _ in range(config.repeats + 2):
       for side in sides:
         side.round()
   finally:
     for side in sides:
       side.close()
-  ours, *theirs = (summary(side) for side in sides)
+  ours, *others = (summary(side) for side in sides)
   errors = mixture_errors(python, release) if name == 'nash_md' else {}
   return [
     {
@@ -228,7 +243,7 @@ def compare(name: str, size: Size, config: ConfigDict, python: Path, folder: Pat
       'mean_logp_gap': abs(peer['mean_logp'] - ours['mean_logp']),
       'opponent_total_variation': errors.get(variant),
     }
-    for variant, peer in zip(variants, theirs, strict=True)
+    for variant, peer in zip(variants, others, strict=True)
   ]
 
 
@@ -249,6 +264,7 @@ def summary(side: Side) -> dict[str, Any]:
   return {
     **{key: last[key] for key in ('tokens', 'scored', 'trained', 'resident')},
     **{key: side.first[key] for key in ('versions', 'mean_logp', 'threads')},
+    'resident_first': side.rounds[0]['resident'],
     'optimiser_steps': (last['steps'] - side.rounds[1]['steps']) / len(timed),
     'seconds': statistics.median(seconds),
     'spread': max(seconds) - min(seconds),
@@ -262,7 +278,8 @@ def summary(side: Side) -> dict[str, Any]:
 def table(rows: list[dict]) -> str:
   """Ratios first, then both sides' counts, the peer's before ours."""
   names = ['algorithm', 'TRL', 'TRL, s', 'ours, s', 'ratio', 'TRL tokens/s', 'ours', 'ratio']
-  names += ['tokens', 'optimiser steps', 'rows scored', 'rows learned from', 'MiB', 'log-prob gap']
+  names += ['tokens', 'optimiser steps', 'rows scored', 'rows learned from', 'MiB']
+  names += ['first round, MiB', 'log-prob gap']
   lines = [names, ['---'] * 2 + ['---:'] * (len(names) - 2)]
   for row in rows:
     peer, ours = row['peer'], row['ours']
@@ -288,6 +305,7 @@ def table(rows: list[dict]) -> str:
         both('scored'),
         both('trained'),
         both('resident', 2**20),
+        both('resident_first', 2**20),
         f'{row["mean_logp_gap"]:.1e}',
       ]
     )
@@ -319,8 +337,11 @@ def run(config: ConfigDict) -> None:
   for key, least in (('repeats', LEAST), ('scale', 1)):
     if config[key] < least:
       raise ValueError(f'{key} must be at least {least}, got {config[key]}')
+  # On a card both sides need room: JAX would take most of it for this process alone.
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   folder, size = Path(config.output).resolve(), SIZES[config.size]
-  python = install(Path(config.environment).resolve(), config.torch_index)
+  index = config.torch_index or (WITHOUT_CUDA if config.device == 'cpu' else '')
+  python = install(Path(config.environment).resolve(), index)
   folder = folder / config.size
   if not (folder / 'model').exists():
     write_model(folder / 'model', size)

@@ -4,6 +4,7 @@ Run by compare.py. It speaks as peer.py does: a line in asks for a round, a JSON
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -15,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from resident import resident
 
 from experiments import allocation, bench, catalogue
-from rlhf_jax import actor, experience, learner, loop, scoring, sharding
+from rlhf_jax import actor, experience, lanes, learner, loop, scoring, setups, sharding
 from rlhf_jax.models import decoder, heads, huggingface
 from rlhf_jax.models.base import LanguageModel
 from rlhf_jax.objectives import OBJECTIVES
@@ -48,7 +48,7 @@ class Rows:
 
     return model._replace(hidden=hidden)
 
-  def learned_from(self, given: loop.Setup) -> loop.Setup:
+  def learned_from(self, given: setups.Setup) -> setups.Setup:
     """What is read once there are targets, is read to learn from. In one program the policy's own
     scores are no reading apart, if they are of the same rows."""
     models = 1 if given.value_model is None else 2
@@ -56,7 +56,7 @@ class Rows:
     def targets(held: State, seen: Experience) -> tuple[State, Examples, Metrics]:
       made = given.objective.targets(held, seen)
       self.training, self.trained = True, models * made[1].responses[..., 0].size
-      if loop.one_program(given) and made[1].responses.size == seen.own.tokens.size:
+      if setups.one_program(given) and made[1].responses.size == seen.own.tokens.size:
         self.scored -= self.trained
       return made
 
@@ -97,14 +97,18 @@ def main() -> None:
   allocation.keep()
   spec = json.loads(Path(sys.argv[1]).read_text(encoding='utf-8'))
   answers, sys.stdout = sys.stdout, sys.stderr
+  answered = itertools.count()
 
   def answer(**told: Any) -> None:
-    print(json.dumps({'resident': resident(), **told}), file=answers, flush=True)
+    print(json.dumps({'resident': allocation.resident(), **told}), file=answers, flush=True)
+    if next(answered) == 1:  # the first round, and with it the compiler, is past
+      allocation.forget()
 
   dtype = jnp.dtype(spec['dtype'])
   _, policy, described = huggingface.read_model(spec['model'], dtype=dtype)
   plain = decoder.decoder(described, dtype, remat=spec['remat'])
-  policy = sharding.replicate(policy, sharding.data_mesh(1))
+  mesh = sharding.data_mesh(1)
+  policy = sharding.replicate(policy, mesh)
   rows, prompts, objective = Rows(), prompts_of(spec), objective_of(spec)
   model, critic, value = rows.watched(plain), None, None
   if spec['algorithm'] == 'ppo':  # the peer's value function is a whole model of its own
@@ -112,12 +116,13 @@ def main() -> None:
     critic = rows.watched(decoder.decoder(trunk, dtype, remat=spec['remat']))
     value = heads.on_trunk(policy, jnp.zeros((plain.width, 1), jnp.float32))
   given = rows.learned_from(
-    loop.Setup(
+    setups.Setup(
       model=model,
       objective=objective,
       judging=experience.Judging(bench.odd()),
-      sample=actor.sampler(
-        model, max_tokens=spec['tokens'], end_tokens=(), mesh=sharding.data_mesh(1), truncates=False
+      sample=lanes.spread(
+        actor.sampler(model, max_tokens=spec['tokens'], end_tokens=(), mesh=mesh, truncates=False),
+        lanes.cores(mesh),
       ),
       settings=actor.sampling(budget=spec['tokens']),
       optimizer=optax.adamw(spec['learning_rate'], weight_decay=0.0),
@@ -128,9 +133,9 @@ def main() -> None:
       together=True,
     )
   )
-  loop.check(given)
-  state = loop.start(given, jax.random.key(spec['seed']), policy, policy, value)
-  compiled = loop.functions(given)
+  setups.check(given)
+  state = setups.start(given, jax.random.key(spec['seed']), policy, policy, value)
+  compiled = setups.functions(given)
   answer(
     versions={'jax': jax.__version__, 'flax': flax.__version__, 'python': sys.version.split()[0]},
     mean_logp=mean_logp(plain, policy, spec),

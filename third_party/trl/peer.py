@@ -1,11 +1,13 @@
 """TRL's side: one trainer, built as its own documentation has it, that does a step when asked.
 
-Run by compare.py with the peer's own Python; nothing of rlhf_jax is imported. A line on standard
-input asks for one step, and one JSON line on standard output says what it took and what was done.
+Run by compare.py with the peer's own Python; of this repository it imports nothing but the reading
+of its own memory. A line on standard input asks for one step, and one JSON line on standard output
+says what it took and what was done.
 """
 
 import contextlib
 import importlib
+import itertools
 import json
 import sys
 import time
@@ -16,7 +18,6 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
-from resident import resident
 from transformers import (
   AutoModelForCausalLM,
   AutoModelForSequenceClassification,
@@ -25,6 +26,8 @@ from transformers import (
   PreTrainedTokenizerFast,
   TrainerCallback,
 )
+
+from experiments.allocation import forget, resident
 
 # Where a release keeps its trainer; the rest are in trl itself.
 EXPERIMENTAL = {'online_dpo', 'nash_md', 'xpo', 'ppo'}
@@ -286,7 +289,7 @@ def main() -> None:
   spec = json.loads(Path(sys.argv[1]).read_text(encoding='utf-8'))
   answers, sys.stdout = sys.stdout, sys.stderr  # trainers print what they like
   torch.set_num_threads(spec['threads'])
-  counts = Counts()
+  counts, answered = Counts(), itertools.count()
 
   def answer(**more) -> None:
     told = {
@@ -297,6 +300,8 @@ def main() -> None:
       'resident': resident(),
     }
     print(json.dumps({**told, **more}), file=answers, flush=True)
+    if next(answered) == 1:  # the first round is past
+      forget()
 
   versions = {m.__name__: m.__version__ for m in (torch, transformers, trl)}
   logp = mean_logp(spec)

@@ -1,0 +1,95 @@
+"""Matrices in eight bits: a whole number for each weight, and one scale for each output.
+
+  Ŵ = q s,   q = round(W / s) in −127 .. 127,   s = max |W| / 127 over what one output sums
+
+so that |W − Ŵ| ≤ s / 2, and x Ŵ = (x q) s: the scale is applied to the product, and no weight is
+ever widened by it. Weights alone, symmetric, by output (Krishnamoorthi 2018, arXiv 1806.08342).
+Norms, biases, learned positions and adapters stay as they are.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from rlhf_jax.models import precision
+from rlhf_jax.models.base import LanguageModel
+from rlhf_jax.types import Array, Params
+
+# The dimension over which an output sums. A row of the embedding is an output of a tied head.
+SUMMED = {'kernel': -2, 'head': -2, 'embedding': -1}
+
+
+class Int8(NamedTuple):
+  """In the place of a matrix f[in, out] in a tree of parameters."""
+
+  values: Array  # i8[in, out]
+  scale: Array  # f[1, out]; of an embedding f[V, 1]
+
+
+def is_int8(leaf: Any) -> bool:
+  return isinstance(leaf, Int8)
+
+
+def rounded(params: Params) -> Params:
+  """The tree with each matrix as `Int8`. What is one already stays, so twice is once.
+
+  A matrix with a number that is not finite gets a scale that is none either.
+  """
+
+  def one(path: Any, leaf: Any) -> Any:
+    axis = SUMMED.get(path[-1].key)
+    if axis is None or is_int8(leaf):
+      return leaf
+    dtype = precision.wide(leaf.dtype)
+    scale = jnp.max(jnp.abs(leaf), axis, keepdims=True).astype(dtype) / 127
+    values = jnp.round(leaf.astype(dtype) / jnp.where(scale == 0, 1, scale))
+    return Int8(jnp.clip(values, -127, 127).astype(jnp.int8), scale)
+
+  return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_int8)
+
+
+def widened(kernel: Array | Int8) -> Array:
+  """Ŵ in the type of its scale; an array is itself."""
+  return kernel.values * kernel.scale if isinstance(kernel, Int8) else kernel
+
+
+def rows(table: Array | Int8, tokens: Int[Array, '...']) -> Float[Array, '... D']:
+  """A table's rows of `tokens`. No other row is widened."""
+  return widened(jax.tree.map(lambda x: jnp.take(x, tokens, axis=0), table))
+
+
+def product(
+  x: Float[Array, '... in'], kernel: Array | Int8, dtype: Any, exact: Any
+) -> Float[Array, '... out']:
+  """x W, the factors in `dtype`, in which q is exact; the sums and the scale at least float32."""
+  whole = kernel.values if isinstance(kernel, Int8) else kernel
+  ways = {'precision': exact, 'preferred_element_type': precision.wide(dtype)}
+  out = jnp.dot(x.astype(dtype), whole.astype(dtype), **ways)
+  return out * kernel.scale if isinstance(kernel, Int8) else out
+
+
+def acting(model: LanguageModel) -> LanguageModel:
+  """`model` whose rollouts read rounded matrices: the law that writes is that of Ŵ.
+
+  `sampled_logp` and `members` are of that law, and `hidden` is not: whatever is scored under the
+  policy is scored under W. The largest difference of the two is `rollout/logp_gap`.
+  """
+  return model._replace(condense=lambda params: model.condense(rounded(params)))
+
+
+def relative_error(params: Params) -> Float[Array, '']:
+  """‖Ŵ − W‖ / ‖W‖ over all the matrices of `params` together."""
+
+  def squares(of: Any) -> Array:
+    return jnp.sum(jnp.stack([jnp.sum(jnp.square(x)) for x in jax.tree.leaves(of)]))
+
+  both = jax.tree.map(
+    lambda new, old: (widened(new) - old, old) if is_int8(new) else (),
+    rounded(params),
+    params,
+    is_leaf=is_int8,
+  )
+  pairs = jax.tree.leaves(both, is_leaf=lambda x: isinstance(x, tuple))
+  return jnp.sqrt(squares([p[0] for p in pairs if p]) / squares([p[1] for p in pairs if p]))
