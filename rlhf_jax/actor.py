@@ -171,7 +171,7 @@ def sampler(
   TPU's compiler is longer at sorting a vocabulary than at all the rest. After each of `stages`
   (None: `stage_ends` of T) the cache grows, and prompts of which all responses have ended are put
   aside: where those that are left fit into a half or a quarter of the batch, no more is computed.
-  Keys belong to responses, so neither changes a draw.
+  Keys belong to responses, so neither changes a draw. On a mesh with 'tensor' all rows go on.
 
   Returns:
     sample(params {name: parameters}, player, prompts i32[B, P], prompt_attended, ordinals i32[B],
@@ -194,8 +194,10 @@ def sampler(
       return slice(start, start + part.size)
 
     def row_keys(key: Array, count: int) -> Array:
-      own = lambda n: jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(key, n), k))  # noqa: E731
-      return jax.vmap(lambda n: own(n)(jnp.arange(count)))(ordinals)
+      def one(ordinal: Array, response: Array) -> Array:
+        return jax.random.fold_in(jax.random.fold_in(key, ordinal), response)
+
+      return jax.vmap(lambda n: jax.vmap(functools.partial(one, n))(jnp.arange(count)))(ordinals)
 
     owned = list(map(row_keys, keys, responses))
     # All at once: a generator's rounds are a loop of its own at each token otherwise.
@@ -264,7 +266,8 @@ def sampler(
       loop = loop._replace(caches={n: model.grow(cache, end) for n, cache in loop.caches.items()})
       batch = loop.rows.place.size
       sizes = sorted({batch, -(-batch // 2), -(-batch // 4)}, reverse=True)
-      if not end_tokens or len(sizes) == 1:
+      # Where the compiler places heads, it cannot partition the choice of rows.
+      if not end_tokens or len(sizes) == 1 or mesh.shape[sharding.TENSOR] > 1:
         return until(end, loop)
 
       def among(size: int, loop: _Loop) -> _Loop:

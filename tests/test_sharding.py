@@ -352,7 +352,10 @@ def actors():
   for kind, acting in meshes.items():
     rules = sharding.rules(acting, heads=MODEL.heads, kv_heads=MODEL.kv_heads)
     back = learner if kind == 'apart' else model.layout
-    inner, seen = actor.sampler(model, max_tokens=T, end_tokens=(0,), mesh=acting), []
+    # In stages, which changes nothing.
+    stages = (T // 2, T)
+    inner = actor.sampler(model, max_tokens=T, end_tokens=(0,), mesh=acting, stages=stages)
+    seen: list = []
     draw = actor.placed(watched(inner, seen), sharding.Layout(acting, rules), back)
     own = sharding.place(copies, back)
     asked = *sharding.shard_batch(given[:3], back.mesh), *arguments[3:]

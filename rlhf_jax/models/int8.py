@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Float, Int
 
 from rlhf_jax.models import precision
@@ -74,22 +75,15 @@ def acting(model: LanguageModel) -> LanguageModel:
   """`model` whose rollouts read rounded matrices: the law that writes is that of Ŵ.
 
   `sampled_logp` and `members` are of that law, and `hidden` is not: whatever is scored under the
-  policy is scored under W. The largest difference of the two is `rollout/logp_gap`.
+  policy is scored under W. The largest difference of the two is `rollout/logp_gap`, and nothing
+  weighs rows for it: an objective that takes them for the policy's own averages over the law of Ŵ.
+  `bond` alone reads `sampled_logp`; rows that lag a round are weighed by it (`corrected` in
+  experience.py), and with that for the rounding too.
   """
   return model._replace(condense=lambda params: model.condense(rounded(params)))
 
 
 def relative_error(params: Params) -> Float[Array, '']:
-  """‖Ŵ − W‖ / ‖W‖ over all the matrices of `params` together."""
-
-  def squares(of: Any) -> Array:
-    return jnp.sum(jnp.stack([jnp.sum(jnp.square(x)) for x in jax.tree.leaves(of)]))
-
-  both = jax.tree.map(
-    lambda new, old: (widened(new) - old, old) if is_int8(new) else (),
-    rounded(params),
-    params,
-    is_leaf=is_int8,
-  )
-  pairs = jax.tree.leaves(both, is_leaf=lambda x: isinstance(x, tuple))
-  return jnp.sqrt(squares([p[0] for p in pairs if p]) / squares([p[1] for p in pairs if p]))
+  """‖Ŵ − W‖ / ‖W‖ of all parameters together; vectors lose nothing."""
+  wide = jax.tree.map(widened, rounded(params), is_leaf=is_int8)
+  return optax.tree.norm(jax.tree.map(jnp.subtract, wide, params)) / optax.tree.norm(params)
