@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 TRAINING = ('ppo', 'nash_md', 'inpo', 'dno', 'vbon')
 ALL = (*TRAINING, 'tabular', 'generate', 'prepare', 'score', 'export')
-ALL += ('plan', 'sft', 'reward_model', 'preference_model', 'evaluate', 'watch', 'bench')
+ALL += ('plan', 'sft', 'reward_model', 'preference_model', 'evaluate', 'watch', 'bench', 'growth')
 START = 'python3 -m venv .venv && .venv/bin/pip install -q -e '
 
 
@@ -66,13 +66,13 @@ def test_every_command_can_be_parsed():
 
 
 def test_every_flag_exists():
-  named = set(re.findall(r'--config\.[a-z_.]*[a-z_]', README))
+  named = set(re.findall(r'--config\.[a-z0-9_.]*[a-z0-9_]', README))
   assert len(named) > 15
   everywhere = set().union(*(keys(name) for name in (*ALL, 'studies.__main__')))
   assert named - {'--config.objective', '--config.objective.name', '--config.model'} <= everywhere
   # Those of the table hold for all five.
   table = '\n'.join(line for line in README.splitlines() if line.startswith('| `--config.'))
-  tabled = set(re.findall(r'--config\.[a-z_.]*[a-z_]', table)) - {'--config.objective'}
+  tabled = set(re.findall(r'--config\.[a-z0-9_.]*[a-z0-9_]', table)) - {'--config.objective'}
   assert len(tabled) >= 14
   for name in TRAINING:
     assert tabled <= keys(name), name

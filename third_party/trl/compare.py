@@ -249,7 +249,8 @@ def compare(name: str, size: Size, config: ConfigDict, python: Path, folder: Pat
 
 def mixture_errors(python: Path, release: Path) -> dict[str, float]:
   """The peer's Nash-MD opponent against its own definition, by variant: see mixture.py."""
-  environment = {**os.environ, 'PYTHONPATH': str(release), 'TRL_EXPERIMENTAL_SILENCE': '1'}
+  found = os.pathsep.join([str(release), str(HERE.parents[1])])
+  environment = {**os.environ, 'PYTHONPATH': found, 'TRL_EXPERIMENTAL_SILENCE': '1'}
   command = [str(python), str(HERE / 'mixture.py')]
   done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
   return json.loads(done.stdout.splitlines()[-1])
