@@ -13,7 +13,6 @@ import numpy as np
 
 from experiments.studies import small_games
 from experiments.studies.base import Figure, Measured, Size, Study, interval, text
-from experiments.studies.small_games import Sample
 from rlhf_jax.evaluation.plots import COLOURS
 from rlhf_jax.objectives import OBJECTIVES, Objective
 from rlhf_jax.objectives.regularised import regularised
@@ -81,14 +80,9 @@ def by_later(game: Game, later: Callable[[np.ndarray, np.ndarray], np.ndarray]) 
   return (chosen[:, None] * second).ravel()
 
 
-def finished(sample: Sample) -> Sample:
+def finished(drawn: Responses) -> Responses:
   """Only responses whose last token is 0 count as ended."""
-
-  def drawn(*arguments: Any, **named: Any) -> Responses:
-    found = sample(*arguments, **named)
-    return found._replace(ended=found.tokens[..., -1] == 0)
-
-  return drawn
+  return drawn._replace(ended=drawn.tokens[..., -1] == 0)
 
 
 def penalised(game: Game) -> Game:

@@ -14,7 +14,6 @@ import numpy as np
 
 from experiments.studies import small_games
 from experiments.studies.base import Figure, Measured, Size, Study, text
-from experiments.studies.small_games import Sample
 from rlhf_jax.objectives import OBJECTIVES, Objective
 from rlhf_jax.ops import policy_gradient, singles, win_rates
 from rlhf_jax.tabular import games, judge, solvers
@@ -39,32 +38,22 @@ class Fault(NamedTuple):
   right: Callable[[Game], Law]
   wrong: Callable[[Game], Law]  # where the faulty update rests
   depth: int = 1
-  tampered: Callable[[Sample], Sample] = lambda sample: sample  # with the fault in the rollout
+  tampered: Callable[[Responses], Responses] = lambda drawn: drawn  # with the fault in the rollout
   told: Callable[[Matrix], Matrix] = lambda wins: wins  # with the fault in the judge
 
 
 # ---- what is put in --------------------------------------------------------------------------
 
 
-def cooled(sample: Sample) -> Sample:
+def cooled(drawn: Responses) -> Responses:
   """Rows drawn at a temperature of their own; log-probs stay those at 1."""
-
-  def drawn(*arguments, **named) -> Responses:
-    found = sample(*arguments, **named)
-    sharp = found.weights ** (1 / TEMPERATURE)
-    return found._replace(weights=sharp / jnp.sum(sharp, 1, keepdims=True))
-
-  return drawn
+  sharp = drawn.weights ** (1 / TEMPERATURE)
+  return drawn._replace(weights=sharp / jnp.sum(sharp, 1, keepdims=True))
 
 
-def untrained_end(sample: Sample) -> Sample:
+def untrained_end(drawn: Responses) -> Responses:
   """The last token taken for padding."""
-
-  def drawn(*arguments, **named) -> Responses:
-    found = sample(*arguments, **named)
-    return found._replace(trained=found.trained.at[..., -1].set(False))
-
-  return drawn
+  return drawn._replace(trained=drawn.trained.at[..., -1].set(False))
 
 
 def first_half(count: int) -> np.ndarray:

@@ -22,8 +22,6 @@ from rlhf_jax.tabular.games import Game
 from rlhf_jax.tabular.solvers import Law
 from rlhf_jax.types import Array, Experience, Prompts, Responses
 
-Sample = Callable[..., Responses]
-
 
 def reached(
   played: Sequence[Game],
@@ -37,7 +35,7 @@ def reached(
   seed: int = 0,
   asked: Judge | None = None,
   link: str = 'bradley_terry',
-  tampered: Callable[[Sample], Sample] = lambda sample: sample,
+  tampered: Callable[[Responses], Responses] = lambda drawn: drawn,
   every: int = 0,
   passes: int = 1,
   decays: bool = True,
@@ -50,7 +48,7 @@ def reached(
     copies: 0 enumerates every response; else so many prompts of each game a round, with
       `responses` (and as many opponents) drawn to each.
     asked: who judges; the games' own judge when None.
-    tampered: what is done to the rollout before anybody sees it.
+    tampered: what is done to the responses of each player before anybody sees them.
     every: so many rounds make an iteration, after which a law is kept; 0: all of them. The learning
       rate falls to 0 within each.
     passes: steps on each round's responses.
@@ -63,6 +61,7 @@ def reached(
   enumerate_ = exact.enumerator(model, spellings)
   mesh = sharding.data_mesh(1)
   drawn = actor.sampler(model, max_tokens=depth, end_tokens=(), mesh=mesh)
+  source = drawn if copies else enumerate_
   every = every or rounds
   batch, steps = len(games) * max(copies, 1), every * passes
 
@@ -74,7 +73,7 @@ def reached(
     model=model,
     objective=objective,
     judging=Judging(asked or judge.judge(games, depth), link),
-    sample=tampered(drawn if copies else enumerate_),
+    sample=lambda *given, **named: [tampered(one) for one in source(*given, **named)],
     settings=actor.sampling(budget=depth),
     optimizer=optax.adam(rate, eps=1e-6),
     schedule=learner.Schedule(passes=passes),

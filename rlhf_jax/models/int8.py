@@ -84,6 +84,9 @@ def acting(model: LanguageModel) -> LanguageModel:
 
 
 def relative_error(params: Params) -> Float[Array, '']:
-  """‖Ŵ − W‖ / ‖W‖ of all parameters together; vectors lose nothing."""
-  wide = jax.tree.map(widened, rounded(params), is_leaf=is_int8)
-  return optax.tree.norm(jax.tree.map(jnp.subtract, wide, params)) / optax.tree.norm(params)
+  """‖Ŵ − W‖ / ‖W‖ of all matrices together."""
+  found = jax.tree.leaves(rounded(params), is_leaf=is_int8)
+  pairs = zip(found, jax.tree.leaves(params), strict=True)
+  small, whole = zip(*(pair for pair in pairs if is_int8(pair[0])), strict=True)
+  lost = [widened(own) - matrix for own, matrix in zip(small, whole, strict=True)]
+  return optax.tree.norm(lost) / optax.tree.norm(whole)

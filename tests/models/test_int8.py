@@ -159,8 +159,8 @@ def test_an_actor_in_int8_writes_by_the_rounded_law():
 
 
 def test_the_relative_error_by_hand():
-  # s = 1, and 0.25 is what 2.25 loses: 0.25 / √(127² + 2.25² + 3² + 1).
-  params = {'a': {'kernel': jnp.array([[127.0], [2.25]]), 'bias': jnp.ones(1)}}
+  # s = 1, and 0.25 is what 2.25 loses: 0.25 / √(127² + 2.25² + 3²). The bias is no matrix.
+  params = {'a': {'kernel': jnp.array([[127.0], [2.25]]), 'bias': jnp.full(1, 900.0)}}
   params['b'] = {'kernel': jnp.array([[0.0], [3.0]])}  # kept as 127 · 3/127
   error = int8.relative_error(params)
-  np.testing.assert_allclose(error, 0.25 / np.sqrt(127**2 + 2.25**2 + 9 + 1), rtol=1e-4)
+  np.testing.assert_allclose(error, 0.25 / np.sqrt(127**2 + 2.25**2 + 9), rtol=1e-4)
