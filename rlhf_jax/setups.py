@@ -30,7 +30,7 @@ class Setup(NamedTuple):
   model: LanguageModel
   objective: Objective
   judging: Judging
-  sample: Callable[..., Responses]  # actor.sampler(...), or tabular.exact.enumerator(...)
+  sample: Callable[..., Any]  # actor.sampler(...), or tabular.exact.enumerator(...)
   settings: Sampling
   optimizer: optax.GradientTransformation
   schedule: learner.Schedule
