@@ -65,7 +65,7 @@ def rounding(
 ) -> tuple[str, dict[str, float]]:
   """What eight bits change of `params`: a line, and the figures in it.
 
-  `int8/weights` is ‖Ŵ − W‖ / ‖W‖ of all of them; `int8/logp_mean` and `int8/logp_max` are of
+  `int8/weights` is ‖Ŵ − W‖ / ‖W‖ of all matrices; `int8/logp_mean` and `int8/logp_max` are of
   |log π̂ − log π| of each token of `prompts` behind the first one, in nats.
   """
 

@@ -68,7 +68,8 @@ def spread(sample: Callable[..., Any], count: int) -> Callable[..., Any]:
       size = len(prompts) // _lanes(params, [player[n] for n in some], len(prompts), count)
       tasks += [(some, first, size) for first in range(0, len(prompts), size)]
     # What is new is compiled by one call, or each lane would compile it.
-    shapes = [(tuple(some), size, *_shapes(params, given, responses)) for some, _, size in tasks]
+    alike = jax.tree.structure(player), *_shapes(params, given, responses)
+    shapes = [(tuple(some), size, *alike) for some, _, size in tasks]
     found: list[Any] = [None] * len(tasks)
     for number, shape in enumerate(shapes):
       if shape not in seen:
