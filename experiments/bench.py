@@ -155,13 +155,16 @@ def setup(
 def rounding(given: setups.Setup, size: Size) -> setups.Setup:
   """The same with an actor whose matrices have eight bits."""
   model = int8.acting(given.model)
-  return given._replace(model=model, sample=sampler(model, size, sharding.data_mesh(1)))
+  sample = sampler(model, size, sharding.data_mesh(1), transposes=False)
+  return given._replace(model=model, sample=sample)
 
 
-def sampler(model: LanguageModel, size: Size, mesh: sharding.Mesh) -> Callable[..., Any]:
+def sampler(
+  model: LanguageModel, size: Size, mesh: sharding.Mesh, *, transposes: bool = True
+) -> Callable[..., Any]:
   """As a run has it, of responses that never end."""
   one = actor.sampler(model, max_tokens=size.tokens, end_tokens=(), mesh=mesh, truncates=False)
-  return lanes.spread(one, lanes.cores(mesh))
+  return lanes.spread(one, lanes.cores(mesh), transposes=transposes)
 
 
 def bench(

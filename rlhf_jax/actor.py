@@ -21,7 +21,7 @@ from rlhf_jax.models.base import LanguageModel
 from rlhf_jax.ops import logprobs
 from rlhf_jax.types import Params, Responses, Sampling
 
-SHORTEST_STAGE = 64  # tokens
+SHORTEST_STAGE = 32  # tokens
 MOST_STAGES = 4
 
 

@@ -3,6 +3,7 @@
 XLA multiplies few rows by a matrix on one core, and runs what does not depend on each other in
 turn; a decoding step is both. Host threads use the other cores: rows, and players that have no
 parameters in common, are drawn by calls of their own. Keys belong to responses, so no draw changes.
+Where parameters are too many for rows of their own, their matrices are transposed for the rollout.
 """
 
 import concurrent.futures
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import players, sharding
+from rlhf_jax.models import matrices
 from rlhf_jax.types import Array, Params, Responses, Sampling
 
 # Rows are split only where their parameters are of so many bytes: below, threads cost more than
@@ -29,10 +31,16 @@ def cores(mesh: sharding.Mesh) -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-def spread(sample: Callable[..., Any], count: int) -> Callable[..., Any]:
-  """`sample` (`actor.sampler`) on `count` lanes; `sample` itself for one."""
+def spread(
+  sample: Callable[..., Any], count: int, *, transposes: bool = True
+) -> Callable[..., Any]:
+  """`sample` (`actor.sampler`) on `count` lanes; `sample` itself for one.
+
+  `transposes` must be false for an actor that rounds its own matrices (`int8.acting`).
+  """
   if count < 2:
     return sample
+  turn = jax.jit(matrices.transposed)
   pool, seen = concurrent.futures.ThreadPoolExecutor(count, 'lane'), set[Any]()
 
   def run(
@@ -54,6 +62,8 @@ def spread(sample: Callable[..., Any], count: int) -> Callable[..., Any]:
       return drawn[0]  # type: ignore[return-value]
     assert isinstance(key, list)
     assert isinstance(responses, tuple)
+    if transposes:
+      params = {name: turn(own) if _bytes(own) > MOST else own for name, own in params.items()}
 
     def draw(some: Sequence[int], first: int, size: int) -> list[Responses]:
       rows = given if size == len(prompts) else [x[first : first + size] for x in given]
@@ -111,8 +121,12 @@ def _lanes(
 ) -> int:
   """In how many parts the rows of these players are drawn."""
   names = {name for player in cast for name in players.members(player)}
-  size = sum(leaf.nbytes for name in names for leaf in jax.tree.leaves(params[name]))
+  size = sum(_bytes(params[name]) for name in names)
   return math.gcd(rows, count) if LEAST <= size <= MOST else 1
+
+
+def _bytes(params: Params) -> int:
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
 def _shapes(*given: Any) -> tuple[Any, ...]:

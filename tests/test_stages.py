@@ -141,7 +141,7 @@ def test_a_stage_reads_no_more_than_it_needs():
 
 
 @pytest.mark.parametrize(
-  ('tokens', 'ends'), [(1, [1]), (127, [127]), (129, [65, 129]), (999, [250, 500, 750, 999])]
+  ('tokens', 'ends'), [(1, [1]), (63, [63]), (65, [33, 65]), (999, [250, 500, 750, 999])]
 )
 def test_there_are_few_stages(tokens, ends):
   assert actor.stage_ends(tokens) == ends
@@ -178,6 +178,28 @@ def test_small_and_large_parameters_are_not_split():
   some = {'policy': jnp.zeros(lanes.LEAST)}
   for params, rows, expected in ((parameters(), 8, 1), (many, 8, 1), (some, 8, 2), (some, 7, 1)):
     assert lanes._lanes(params, [players.POLICY], rows, 2) == expected
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_large_matrices_are_transposed_and_draws_stay(scan, monkeypatch):
+  untied = decoders.decoder(decoders.tiny(V, layers=2, tied=False, qkv_bias=True), scan=scan)
+  rng, seen = np.random.default_rng(0), []
+  shapes = jax.eval_shape(untied.init, KEYS[0])
+  params = jax.tree.map(lambda x: (0.4 * rng.normal(size=x.shape)).astype(x.dtype), shapes)
+  sample = actor.sampler(untied, max_tokens=3, end_tokens=(), mesh=MESH, truncates=False)
+  given = *asked(), KEYS[0], actor.sampling(budget=3)
+
+  def noted(params, *rest, **static):
+    seen.append(jax.tree.map(np.shape, params['policy']))
+    return sample(params, *rest, **static)
+
+  expected = sample({'policy': params}, players.POLICY, *given, responses=1)
+  monkeypatch.setattr(lanes, 'MOST', 0)
+  found = lanes.spread(noted, 2)({'policy': params}, players.POLICY, *given, responses=1)
+  check_same([found], [expected])
+  assert seen[0]['head'] == ((V, 16),)
+  assert seen[0]['layers_0']['up']['kernel'] == ((32, 16),)
+  assert seen[0]['embedding'] == (V, 16)
 
 
 def test_an_error_in_a_lane_comes_back():

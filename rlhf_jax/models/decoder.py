@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from rlhf_jax import sharding
-from rlhf_jax.models import depth, fused, int8, lora, precision, rope
+from rlhf_jax.models import depth, fused, int8, lora, matrices, precision, rope
 from rlhf_jax.models.attention import (
   Mask,
   Source,
@@ -244,8 +244,8 @@ class Layer(nn.Module):
     own: Any = self.get_variable('params', name)
     adapter: Any = self.get_variable('params', f'{name}_lora')  # put there by `lora.join`
     rows, exact = flattened(inputs) if self.flat else inputs, precision.of(self.dtype)
-    if own is not None and int8.is_int8(own['kernel']):  # put there by `int8.rounded`
-      out = int8.product(rows, own['kernel'], self.dtype, exact)
+    if own is not None and matrices.is_kept(own['kernel']):
+      out = matrices.product(rows, own['kernel'], self.dtype, exact)
       out = out + own['bias'] if bias else out
     else:
       dense = nn.Dense(
@@ -347,7 +347,7 @@ class Decoder(nn.Module):
 
   def _table(self, name: str, *given: Any) -> Any:
     held: Any = self.get_variable('params', name)
-    return held if int8.is_int8(held) else self.param(name, *given)
+    return held if matrices.is_kept(held) else self.param(name, *given)
 
   def _embed(
     self, tokens: Int[Array, '...'], positions: Int[Array, '...']
@@ -466,7 +466,7 @@ class Decoder(nn.Module):
     """Logits, at least float32 whatever the compute dtype."""
     kernel = jax.tree.map(jnp.transpose, self.embedding) if self.config.tied else self.output
     rows = flattened(hidden) if self.flat else hidden
-    logits = int8.product(rows, kernel, self.dtype, precision.of(self.dtype))
+    logits = matrices.product(rows, kernel, self.dtype, precision.of(self.dtype))
     return capped(logits, self.config.logit_cap).reshape(*hidden.shape[:-1], -1)
 
   def prefill(
@@ -580,9 +580,9 @@ def _narrow(params: Params, dtype: Any) -> Params:
   """Matrices as the products read them in any case; vectors are added and multiplied wide."""
 
   def one(leaf: Any) -> Any:
-    return leaf if int8.is_int8(leaf) or leaf.ndim < 2 else leaf.astype(dtype)
+    return leaf if matrices.is_kept(leaf) or leaf.ndim < 2 else leaf.astype(dtype)
 
-  return jax.tree.map(one, params, is_leaf=int8.is_int8)
+  return jax.tree.map(one, params, is_leaf=matrices.is_kept)
 
 
 def _groups(config: DecoderConfig, params: Params, scan: bool) -> list[Params]:

@@ -61,16 +61,6 @@ def rows(table: Array | Int8, tokens: Int[Array, '...']) -> Float[Array, '... D'
   return widened(jax.tree.map(lambda x: jnp.take(x, tokens, axis=0), table))
 
 
-def product(
-  x: Float[Array, '... in'], kernel: Array | Int8, dtype: Any, exact: Any
-) -> Float[Array, '... out']:
-  """x W, the factors in `dtype`, in which q is exact; the sums and the scale at least float32."""
-  whole = kernel.values if isinstance(kernel, Int8) else kernel
-  ways = {'precision': exact, 'preferred_element_type': precision.wide(dtype)}
-  out = jnp.dot(x.astype(dtype), whole.astype(dtype), **ways)
-  return out * kernel.scale if isinstance(kernel, Int8) else out
-
-
 def acting(model: LanguageModel) -> LanguageModel:
   """`model` whose rollouts read rounded matrices: the law that writes is that of Ŵ.
 

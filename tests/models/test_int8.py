@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from rlhf_jax import actor, players, sharding
 from rlhf_jax.models import decoder as decoders
-from rlhf_jax.models import int8, lora
+from rlhf_jax.models import int8, lora, matrices
 
 CONFIGS = {
   'tied': decoders.tiny(19, qkv_bias=True),
@@ -48,7 +48,7 @@ def test_by_hand():
   np.testing.assert_allclose(found['kernel'].scale, [[0.01, 2.0]], rtol=1e-6)
   np.testing.assert_array_equal(found['bias'], [1, 1])
   # x W = 2 · 1.27 − 100 · 0.01 and 2 · 4 − 100 · 254, of the rounded entries.
-  out = int8.product(jnp.array([[2.0, 100.0, 3.0]]), found['kernel'], jnp.float32, None)
+  out = matrices.product(jnp.array([[2.0, 100.0, 3.0]]), found['kernel'], jnp.float32, None)
   np.testing.assert_allclose(out, [[1.54, -25392.0]], rtol=1e-6)
 
 
