@@ -1,9 +1,9 @@
 """Rollouts on the cores of one CPU.
 
-XLA multiplies few rows by a matrix on one core, and runs what does not depend on each other in
-turn; a decoding step is both. Host threads use the other cores: rows, and players that have no
-parameters in common, are drawn by calls of their own. Keys belong to responses, so no draw changes.
-Where parameters are too many for rows of their own, their matrices are transposed for the rollout.
+Where few rows meet a small matrix, XLA gains next to nothing from a second core, and what does not
+depend on each other runs in turn; a decoding step is both. Host threads use the other cores: rows,
+and players that have no parameters in common, are drawn by calls of their own. Keys belong to
+responses, so no draw changes. Parameters too large for rows of their own are read transposed.
 """
 
 import concurrent.futures
