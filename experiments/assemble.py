@@ -311,8 +311,8 @@ def parts(config: ConfigDict) -> Parts:
     there = sharding.Layout(acting, sharding.rules(acting, **heads))
     sample = actor.placed(sample, there, layout)
   elif not config.mesh.ahead:  # lanes wait for what they draw
-    rounds = architecture.in_int8(config, 'actor')
-    sample = lanes.spread(sample, lanes.cores(mesh), transposes=not rounds)
+    whole_numbers = architecture.in_int8(config, 'actor')
+    sample = lanes.spread(sample, lanes.cores(mesh), transposes=not whole_numbers)
 
   def calibrating(batch: Prompts) -> Responses:
     """Fresh responses of the reference, for judges that count from them."""

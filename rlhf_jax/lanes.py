@@ -3,7 +3,7 @@
 Where few rows meet a small matrix, XLA gains next to nothing from a second core, and what does not
 depend on each other runs in turn; a decoding step is both. Host threads use the other cores: rows,
 and players that have no parameters in common, are drawn by calls of their own. Keys belong to
-responses, so no draw changes. Parameters too large for rows of their own are read transposed.
+responses, so no draw changes. A model too large for rows of their own is read transposed.
 """
 
 import concurrent.futures

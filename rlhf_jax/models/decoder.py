@@ -580,9 +580,9 @@ def _narrow(params: Params, dtype: Any) -> Params:
   """Matrices as the products read them in any case; vectors are added and multiplied wide."""
 
   def one(leaf: Any) -> Any:
-    return leaf if matrices.is_kept(leaf) or leaf.ndim < 2 else leaf.astype(dtype)
+    return leaf if int8.is_int8(leaf) or leaf.ndim < 2 else leaf.astype(dtype)
 
-  return jax.tree.map(one, params, is_leaf=matrices.is_kept)
+  return jax.tree.map(one, params, is_leaf=int8.is_int8)
 
 
 def _groups(config: DecoderConfig, params: Params, scan: bool) -> list[Params]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.models import decoder as decoders
-from rlhf_jax.models import depth, lora
+from rlhf_jax.models import depth, lora, matrices
 
 pytestmark = pytest.mark.usefixtures('quickly_compiled')
 
@@ -190,9 +190,12 @@ def test_condensed_parameters_keep_vectors_wide():
   kinds = {
     (path[-1].key, leaf.dtype.name) for path, leaf in jax.tree_util.tree_leaves_with_path(found)
   }
-  matrices = {(name, 'bfloat16') for name in ('kernel', 'embedding', 'head')}
-  assert kinds == matrices | {('scale', 'float32'), ('bias', 'float32')}
+  narrowed = {(name, 'bfloat16') for name in ('kernel', 'embedding', 'head')}
+  assert kinds == narrowed | {('scale', 'float32'), ('bias', 'float32')}
   assert found['groups'][0]['query']['kernel'].shape == (3, 16, 16)
+  turned = matrices.transposed({'layers_0': {'up': {'kernel': jnp.ones((2, 3))}}})
+  narrow = decoders._narrow(turned, jnp.bfloat16)['layers_0']['up']['kernel']
+  assert (type(narrow), narrow.values.dtype) == (matrices.Transposed, jnp.bfloat16)
 
 
 def test_unknown_policy():
