@@ -66,7 +66,8 @@ def learner(
   the device for its own arithmetic alone. By a layout of the model, parameters, gradients and
   optimiser state are split by its rules, and each microbatch over the batch's axes. With length
   buckets the microbatches of a step take its examples in the order of their lengths, so that short
-  ones do not share one with the longest.
+  ones do not share one with the longest. Examples that keep their order (one step a round, and not
+  sorted so) share their prompt with those beside them where microbatches do not part them.
 
   Returns:
     update(params, opt_state, reference, examples, key, temperature, base=None, length=None)
@@ -162,18 +163,21 @@ def learner(
     base=None,
     length: int | None = None,
   ):
-    count = examples.weight.shape[0]
     parts = schedule.minibatches * schedule.microbatches
-    padded = -(-count // parts) * parts
+    count = examples.weight.shape[0]
+    size = -(-count // parts)  # of a microbatch
+    padded = size * parts
+    if not _in_order(schedule) or size % (sharding.shards(layout) * count // len(examples.prompts)):
+      examples = _apart(examples)
 
     def pad(values: Array) -> Array:
-      return jnp.pad(values, [(0, padded - count)] + [(0, 0)] * (values.ndim - 1))
+      more = padded * len(values) // count - len(values)
+      return jnp.pad(values, [(0, more)] + [(0, 0)] * (values.ndim - 1))
 
     examples = jax.tree.map(pad, examples)
 
     def parted(values: Array) -> Array:
-      shape = (schedule.minibatches, schedule.microbatches, padded // parts)
-      return values.reshape(*shape, *values.shape[1:])
+      return values.reshape(schedule.minibatches, schedule.microbatches, -1, *values.shape[1:])
 
     def one_pass(carry, key: Array):
       order = jax.random.permutation(key, padded)
@@ -196,6 +200,21 @@ def learner(
     return carry[0], carry[1], metrics
 
   return jax.jit(update, donate_argnums=(0, 1), static_argnames='length')
+
+
+def _in_order(schedule: Schedule) -> bool:
+  """Whether examples stay as `targets` made them: those that share a prompt beside each other."""
+  steps, sorts = schedule.passes * schedule.minibatches, schedule.length_buckets > 1
+  return steps == 1 and not (sorts and schedule.microbatches > 1)
+
+
+def _apart(examples: Examples) -> Examples:
+  """The same with a prompt for each."""
+  count = len(examples.weight) // len(examples.prompts)
+  prompts, attended = (
+    jnp.repeat(x, count, 0) for x in (examples.prompts, examples.prompt_attended)
+  )
+  return examples._replace(prompts=prompts, prompt_attended=attended)
 
 
 def _by_length(examples: Examples) -> Examples:

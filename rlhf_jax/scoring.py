@@ -25,9 +25,9 @@ def outputs(
   params: Mapping[str, Params],
   prompts: Int[Array, 'B P'],
   prompt_attended: Bool[Array, 'B P'],
-  responses: Int[Array, 'B K T'],
-  attended: Bool[Array, 'B K T'],
-  trained: Bool[Array, 'B K T'],
+  responses: Int[Array, 'N K T'],
+  attended: Bool[Array, 'N K T'],
+  trained: Bool[Array, 'N K T'],
   *,
   temperature: Float[Array, ''],
   needs: tuple[str, ...] = ('logp',),
@@ -35,7 +35,10 @@ def outputs(
   value_model: LanguageModel | None = None,
   length: int | None = None,
 ) -> Outputs:
-  """Outputs of `params` on every response, each field f[B, K, T] and 0 off `trained`.
+  """Outputs of `params` on every response, each field f[N, K, T] and 0 off `trained`.
+
+  N is a multiple of B: N/B rows in succession answer each prompt, which is read once for all of its
+  responses where the model can (`branches`).
 
   Args:
     params: {'policy': ..., 'value': ...}; 'value' is read only if needed.
@@ -46,22 +49,27 @@ def outputs(
       params['value']['trunk']; None: a head on the policy's states.
     length: tokens of a response that are run, where none behind them is attended; None: all T.
   """
-  batch, count, whole = responses.shape
+  rows, whole, layout = responses.shape[0] * responses.shape[1], responses.shape[2], model.layout
   length = whole if length is None else min(length, whole)
-  prompt_length, layout = prompts.shape[1], model.layout
+  (batch, start), splits = prompts.shape, prompts.shape[0] % sharding.shards(layout) == 0
   params = {**params, 'policy': sharding.gather_ends(params['policy'], layout)}
   reference = sharding.gather_ends(reference, layout)
 
   def states(params: Params, trunk: LanguageModel = model) -> Array:
-    """The state before each response token, [B·K, T, D]."""
+    """The state before each response token, [N·K, T, D]."""
     # The last token predicts nothing that is asked for, so it is not run.
-    tokens = jnp.concatenate([jnp.repeat(prompts, count, 0), flat(responses)], 1)[:, :-1]
-    mask = jnp.concatenate([jnp.repeat(prompt_attended, count, 0), flat(attended)], 1)[:, :-1]
-    return trunk.hidden(params, tokens, mask)[:, prompt_length - 1 :]
+    if trunk.branches is not None and rows > batch and splits and length > 1:
+      said = [x.reshape(batch, -1, whole)[..., : length - 1] for x in (responses, attended)]
+      found = trunk.branches(params, prompts, prompt_attended, *said)
+      return found.reshape(rows, length, -1)
+    asked = [jnp.repeat(x, rows // batch, 0) for x in (prompts, prompt_attended)]
+    said = [flat(responses), flat(attended)]
+    whole_rows = [jnp.concatenate(x, 1)[:, :-1] for x in zip(asked, said, strict=True)]
+    return trunk.hidden(params, *whole_rows)[:, start - 1 :]
 
   def flat(values: Array) -> Array:
     # In this order XLA knows rows again that come as other shapes (`setups.one_program`).
-    return values.reshape(batch * count, whole)[:, :length]
+    return values.reshape(rows, whole)[:, :length]
 
   def shaped(values: Array | None) -> Array | None:
     if values is None:

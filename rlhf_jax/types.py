@@ -90,8 +90,8 @@ class Experience(NamedTuple):
 class Examples(NamedTuple):
   """What the learner trains on. `weight` 0 is how an example is left out: N never varies."""
 
-  prompts: Array  # i32[N, P]
-  prompt_attended: Array  # bool[N, P]
+  prompts: Array  # i32[B, P]; N is a multiple of B: N/B examples in succession answer each
+  prompt_attended: Array  # bool[B, P]
   responses: Array  # i32[N, G, T]
   attended: Array  # bool[N, G, T]
   trained: Array  # bool[N, G, T]

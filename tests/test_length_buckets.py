@@ -47,14 +47,23 @@ def test_nothing_is_chosen_where_there_is_one_bucket_or_a_length():
   assert scoring.bucketed(lambda length: length, np.ones(T, bool), buckets=2, length=3) == 3
 
 
-def of_length(model, length):
-  """The model, which has no number to give for responses of any other length."""
+def watched(model, see):
+  """The model, each of its forwards times see(responses to a prompt, tokens of a response run)."""
 
   def hidden(params, tokens, attended):
-    fits = tokens.shape[1] == PROMPT + length - 1
-    return model.hidden(params, tokens, attended) * (1.0 if fits else jnp.nan)
+    return model.hidden(params, tokens, attended) * see(1, tokens.shape[1] - PROMPT)
 
-  return model._replace(hidden=hidden)
+  def branches(params, prompts, prompt_attended, tokens, attended):
+    return model.branches(params, prompts, prompt_attended, tokens, attended) * see(
+      *tokens.shape[1:]
+    )
+
+  return model._replace(hidden=hidden, branches=branches)
+
+
+def of_length(model, length):
+  """The model, which has no number to give for responses of any other length."""
+  return watched(model, lambda _, run: 1.0 if run == length - 1 else jnp.nan)
 
 
 def round_of(name, *, buckets, length, together):
@@ -149,41 +158,83 @@ def likelihood(outputs, examples):
 LIKELIHOOD = Objective(REFERENCE_ONLY, None, stateless, lambda *_: None, likelihood)  # type: ignore
 
 
-def test_short_rows_share_a_microbatch():
-  # Ends 8, 1, 7, 2 in the order given: in two parts of two, both would be run at 8. Sorted, the
-  # short ones are run at 4, and the step is the same.
-  inner, widths = decoders.decoder(decoders.tiny(SIZE.vocab, layers=1)), []
+INNER = decoders.decoder(decoders.tiny(SIZE.vocab, layers=1))
+START = INNER.init(jax.random.key(0))
 
-  def hidden(params, tokens, attended):
-    jax.debug.callback(lambda: widths.append(tokens.shape[1]))  # when it runs
-    return inner.hidden(params, tokens, attended)
 
-  model, random = inner._replace(hidden=hidden), np.random.default_rng(0)
-  prompts = random.integers(0, SIZE.vocab, (4, PROMPT))
-  attended = np.arange(T) < np.array([8, 1, 7, 2])[:, None, None]
-  batch = Examples(
-    prompts=prompts,
-    prompt_attended=prompts >= 0,
+def batch(prompts):
+  """Four examples that answer `prompts` in succession, and end after 8, 1, 7 and 2 tokens."""
+  random, attended = np.random.default_rng(0), np.arange(T) < np.array([8, 1, 7, 2])[:, None, None]
+  asked = random.integers(0, SIZE.vocab, (4, PROMPT))[:prompts]
+  return Examples(
+    prompts=asked,
+    prompt_attended=asked >= 0,
     responses=random.integers(0, SIZE.vocab, (4, 1, T)),
     attended=attended,
     trained=attended,
     weight=np.float32([1, 2, 0.5, 3]),
     targets=np.float32([1, -1, 2, 0.5]),
   )
-  first = model.init(jax.random.key(0))
+
+
+def given(model, examples, **schedule):
+  """An update, and what it is called with."""
+  update = learner.learner(model, LIKELIHOOD, optax.sgd(1.0), learner.Schedule(**schedule))
+  params = {'policy': jax.tree.map(jnp.copy, START)}
+  state = optax.sgd(1.0).init(params)
+  return update, (params, state, START, examples, jax.random.key(0), jnp.float32(1))
+
+
+def test_short_rows_share_a_microbatch():
+  # In two parts of two of the order given both would be run at 8. Sorted, the short ones are run
+  # at 4, and the step is the same.
+  widths = []
+
+  def note(_, run):  # when it runs
+    jax.debug.callback(lambda: widths.append(run))
+    return 1.0
 
   def stepped(**schedule):
     widths.clear()
-    spent = learner.Schedule(**schedule)
-    update = learner.learner(model, LIKELIHOOD, optax.sgd(1.0), spent)
-    params = {'policy': jax.tree.map(jnp.copy, first)}
-    given = first, batch, jax.random.key(0), jnp.float32(1)
-    found, _, metrics = update(params, optax.sgd(1.0).init(params), *given)
+    update, arguments = given(watched(INNER, note), batch(4), **schedule)
+    found, _, metrics = update(*arguments)
     jax.effects_barrier()
     return jax.device_get((found, metrics)), sorted(widths)
 
   plain, ran = stepped(microbatches=2)
-  assert ran == [PROMPT + T - 1] * 2
+  assert ran == [T - 1] * 2
   found, ran = stepped(microbatches=2, length_buckets=2)
-  assert ran == [PROMPT + T // 2 - 1, PROMPT + T - 1]
+  assert ran == [T // 2 - 1, T - 1]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, plain)
+
+
+def test_examples_in_order_share_their_prompt():
+  # Two examples answer each of two prompts. Where a microbatch, a shuffle or a sort by length
+  # parts them, each has a row of its own: the step is that of four prompts.
+  counts = []
+
+  def note(count, _):
+    counts.append(count)
+    return 1.0
+
+  def shared(**schedule):
+    counts.clear()
+    update, arguments = given(watched(INNER, note), batch(2), **schedule)
+    jax.eval_shape(update, *arguments)
+    return counts[-1]
+
+  assert shared() == shared(microbatches=2) == 2
+  assert shared(microbatches=3) == 2  # six with two of weight 0
+  assert shared(microbatches=4) == 1
+  assert shared(minibatches=2) == shared(microbatches=2, length_buckets=2) == 1
+  together = batch(2)
+  apart = together._replace(
+    prompts=together.prompts.repeat(2, 0), prompt_attended=together.prompt_attended.repeat(2, 0)
+  )
+  one, other = ({}, {})
+  for examples, found in ((together, one), (apart, other)):
+    update, arguments = given(INNER, examples, microbatches=3)
+    found['params'], _, found['metrics'] = update(*arguments)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, other)
+  moved = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), one['params']['policy'], START)
+  assert max(jax.tree.leaves(moved)) > 1e-3

@@ -159,10 +159,15 @@ def test_a_model_is_asked_only_for_the_states_that_are_needed():
     widths.append(tokens.shape)
     return MODEL.hidden(params, tokens, attended)
 
-  model = MODEL._replace(hidden=hidden)
-  call = functools.partial(scoring.outputs, model, temperature=jnp.float32(1))
-  jax.eval_shape(call, PARAMS, *BATCH, ATTENDED)
-  assert widths == [(B * K, P + T - 1)]
+  def branches(params, prompts, prompt_attended, tokens, attended):
+    widths.append((prompts.shape, tokens.shape))
+    return MODEL.branches(params, prompts, prompt_attended, tokens, attended)
+
+  for able in (branches, None):
+    model = MODEL._replace(hidden=hidden, branches=able)
+    call = functools.partial(scoring.outputs, model, temperature=jnp.float32(1))
+    jax.eval_shape(call, PARAMS, *BATCH, ATTENDED)
+  assert widths == [((B, P), (B, K, T - 1)), (B * K, P + T - 1)]
 
 
 def test_the_sampler_and_the_full_forward_agree():

@@ -60,6 +60,8 @@ def attention(
     ways = {'precision': precision.of(dtype), 'preferred_element_type': precision.wide(dtype)}
     if theirs.ndim == 4:
       return jnp.einsum(shared, ours, theirs, **ways)
+    if theirs.ndim == 5:
+      return jnp.einsum(own.replace('n', 'bhk'), ours, theirs, **ways)
     found = jnp.einsum(own, merged(ours), theirs, **ways)
     batch, heads, *rest = ours.shape[:4]
     return found.reshape(heads, batch, *rest, found.shape[-1]).swapaxes(0, 1)

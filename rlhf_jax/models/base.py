@@ -37,4 +37,7 @@ class LanguageModel(NamedTuple):
     lambda x: x[rows], kept
   )
   # (a prefix or a cache of `batch` prompts, i32[b]) -> that of the prompts named, in their order
+  branches: Callable[[Params, Array, Array, Array, Array], Array] | None = None
+  # (params, i32[B,P], bool[B,P], i32[B,K,T], bool[B,K,T]) -> f[B,K,T+1,D]: `hidden` of all K
+  # responses, from the prompt's last token on, with the prompt read once; None: by `hidden` alone
   layout: sharding.Layout | None = None  # where parameters and rows lie; None: as they come

@@ -462,6 +462,66 @@ class Decoder(nn.Module):
       return self.norm(x)
     return self.norm(self._trunk(tokens, attended, remat=self.remat)[0])
 
+  def branches(
+    self,
+    prompts: Int[Array, 'B P'],
+    prompt_attended: Bool[Array, 'B P'],
+    tokens: Int[Array, 'B K T'],
+    attended: Bool[Array, 'B K T'],
+  ) -> Float[Array, 'B K T+1 D']:
+    """The states after a left-padded prompt and after each token of K responses to it.
+
+    Those of `hidden` of B·K whole rows, but the prompt is read once: row b is its tokens and then
+    those of its responses, none of which sees another.
+    """
+    (batch, count, length), start = tokens.shape, prompts.shape[1]
+    groups = self.config.heads // self.config.kv_heads
+    lengths = prompt_attended.sum(axis=1, dtype=jnp.int32)[:, None, None]
+    own = lengths + jnp.maximum(jnp.cumsum(attended, axis=2, dtype=jnp.int32) - 1, 0)
+    before, causal = position_ids(prompt_attended), jnp.tril(jnp.ones((length, length), bool))
+
+    def within(window: int | None) -> tuple[Array, ...]:
+      """Who sees whom: prompt and prompt, response and prompt, response and itself."""
+      asked = visible(prompt_attended)
+      known = jnp.broadcast_to(prompt_attended[:, None, None], (*tokens.shape, start))
+      said = causal & attended[:, :, None, :]
+      if window is not None:
+        asked &= before[:, :, None] - before[:, None, :] < window
+        known &= own[..., None] - before[:, None, None, :] < window
+        said &= own[..., :, None] - own[..., None, :] < window
+      # T and G are one axis to the attention: all tokens of a response see the same keys.
+      known, said = (jnp.repeat(mask, groups, 2)[:, None] for mask in (known, said))
+      return asked[:, None, :, None, :], known, said
+
+    def over(masks: tuple[Array, ...]) -> Attend:
+      def attend(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
+        def parted(x: Array) -> tuple[Array, Array]:
+          return x[:, :, :start], x[:, :, start:]
+
+        (asking, saying), (key, more), (value, worth) = map(parted, (query, key, value))
+        more, worth = (x.reshape(*x.shape[:2], count, length, -1) for x in (more, worth))
+        folded = saying.reshape(*more.shape[:3], length * groups, -1)
+        first = self._attend(asking, [Source(key, value, masks[0])])
+        sources = [Source(key, value, masks[1]), Source(more, worth, masks[2])]
+        then = self._attend(folded, sources).reshape(saying.shape)
+        return jnp.concatenate([first, then], 2), (key, value)  # which nobody reads again
+
+      return attend
+
+    rows = jnp.concatenate([prompts, tokens.reshape(batch, -1)], 1)
+    positions = jnp.concatenate([before, own.reshape(batch, -1)], 1)
+    x = sharding.constrain_batch(self._embed(rows, positions), self.layout)
+    given = list(zip(self._turns(positions), map(over, self._masks(within)), strict=True))
+
+    def layer(own: Callable, beside: Any, x: Array, _: Any) -> tuple[Array, Any]:
+      x, _ = own(x, *beside)
+      return sharding.constrain_batch(x, self.layout), ()
+
+    x = self._walk(x, given, layer, remat=self.remat)[0][:, start - 1 :]
+    first, then = x[:, :1], x[:, 1:].reshape(batch, count, length, -1)
+    first = jnp.broadcast_to(first[:, None], (batch, count, *first.shape[1:]))
+    return self.norm(jnp.concatenate([first, then], 2))
+
   def head(self, hidden: Float[Array, '... D']) -> Float[Array, '... V']:
     """Logits, at least float32 whatever the compute dtype."""
     kernel = jax.tree.map(jnp.transpose, self.embedding) if self.config.tied else self.output
@@ -668,6 +728,7 @@ def decoder(
   return LanguageModel(
     init=init,
     hidden=lambda params, tokens, attended: apply('hidden', params, tokens, attended),
+    branches=(lambda params, *rows: apply('branches', params, *rows)) if kernel == 'xla' else None,
     head=lambda params, hidden: apply('head', params, hidden),
     prefill=lambda params, tokens, attended: apply('prefill', params, tokens, attended),
     start=start,

@@ -47,6 +47,30 @@ def test_what_a_function_needed_is_there_for_its_next_call():
   assert int(few) < 16 < int(many), (few, many)
 
 
+HUGE = """
+import re, sys
+from pathlib import Path
+from experiments import allocation
+
+allocation.keep()
+if 'forget' in sys.argv:
+  allocation.forget()
+block = b'x' * 2**26
+print(re.search(r'AnonHugePages: +([0-9]+) kB', Path('/proc/self/smaps_rollup').read_text())[1])
+"""
+SWITCH = Path('/sys/kernel/mm/transparent_hugepage/enabled')
+
+
+@pytest.mark.skipif(
+  not SWITCH.exists() or '[madvise]' not in SWITCH.read_text(), reason='all pages are of one size'
+)
+@pytest.mark.parametrize('way', ['keep', 'forget'])
+def test_large_blocks_lie_on_huge_pages(way):
+  words = [sys.executable, '-c', HUGE, way]
+  done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+  assert int(done.stdout) > 0.9 * 2**16, done.stdout
+
+
 PEAK = """
 import sys
 from experiments import allocation

@@ -69,7 +69,8 @@ def built(name, dtype=jnp.float32):
   """A compiled model and parameters large enough for peaked, position-dependent answers."""
   model = decoders.decoder(CONFIGS[name], dtype)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
-  compiled = {part: jax.jit(getattr(model, part)) for part in ('hidden', 'head', 'prefill', 'step')}
+  parts = 'hidden', 'branches', 'head', 'prefill', 'step'
+  compiled = {part: jax.jit(getattr(model, part)) for part in parts}
   model = model._replace(**compiled)
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda leaf: (0.4 * rng.normal(size=leaf.shape)).astype(leaf.dtype), shapes)
@@ -146,6 +147,26 @@ def test_responses_of_one_prompt_share_it_and_nothing_else(name):
   np.testing.assert_allclose(shared.reshape(12, 1, 3, -1), apart, atol=1e-5)
   prefix = model.prefill(params, tokens, attended)[1]
   assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(prefix))  # B, not B·K
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_a_prompt_read_once_changes_no_state(name):
+  # Beside the states of B·K whole rows. Responses end early, and one has a gap between two turns.
+  model, params = built(name)
+  rng = np.random.default_rng(8)
+  tokens, asked = prompts(rng, [6, 3, 1], 6)
+  responses = rng.integers(0, 19, size=(3, 4, 7)).astype(np.int32)
+  said = np.arange(7) < rng.integers(1, 8, (3, 4, 1))
+  said[1, 2] = [True, True, False, False, True, True, True]
+  states = np.asarray(model.branches(params, tokens, asked, responses, said))
+  rows = [
+    np.concatenate([np.repeat(first, 4, 0), then.reshape(12, 7)], 1)
+    for first, then in ((tokens, responses), (asked, said))
+  ]
+  full = np.asarray(model.hidden(params, *rows))[:, 5:].reshape(states.shape)
+  read = np.concatenate([np.ones((3, 4, 1), bool), said], 2)
+  np.testing.assert_allclose(states[read], full[read], atol=1e-5 * np.abs(full).max())
+  assert np.isfinite(states).all()
 
 
 @pytest.mark.parametrize('name', CONFIGS)

@@ -102,7 +102,7 @@ def test_single_examples():
   assert found.responses[4].tolist() == [[22, 23]]
   assert found.trained[3].tolist() == [[True, False]]
   assert found.attended[3].tolist() == [[True, False]]
-  assert found.prompts[:, 1].tolist() == [1, 1, 1, 3, 3, 3]
+  assert found.prompts[:, 1].tolist() == [1, 3]  # three examples in succession answer each
   assert found.weight.tolist() == [0, 1, 2, 3, 4, 5]
   assert found.targets[0].tolist() == [[0], [1], [2], [3], [4], [5]]
   assert found.targets[1].shape == (6, 1, 2)
