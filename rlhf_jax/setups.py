@@ -14,7 +14,18 @@ from rlhf_jax.experience import Judging
 from rlhf_jax.models import heads, lora
 from rlhf_jax.models.base import LanguageModel
 from rlhf_jax.objectives.base import Objective
-from rlhf_jax.types import Array, Experience, Metrics, Params, Prompts, Responses, Sampling, State
+from rlhf_jax.ops import pairs
+from rlhf_jax.types import (
+  Array,
+  Experience,
+  Metrics,
+  Outputs,
+  Params,
+  Prompts,
+  Responses,
+  Sampling,
+  State,
+)
 
 
 class Offload(NamedTuple):
@@ -218,7 +229,11 @@ def functions(setup: Setup) -> Functions:
     acting = {**params, 'policy': lora.join(base, params['policy'])}
 
     def at(length: int | None):  # the choice is around it all, or XLA would not see across it
-      full = scored(setup, score, score_opponent, acting, named, seen, temperature, length=length)
+      given = acting, named, seen, temperature
+      if setup.objective.opponent_scored:
+        full = _scored_at_once(setup, score, *given, length=length)
+      else:
+        full = scored(setup, score, score_opponent, *given, length=length)
       now, examples, metrics = targets(held, full)
       *moved, learned = update(
         params, opt_state, named['reference'], examples, key, temperature, base, length=length
@@ -261,6 +276,32 @@ def scored(
   elif setup.objective.opponent_scored:
     opponent = score_opponent(named, *asked, opponent, temperature, **how)
   return seen._replace(own=own, opponent=opponent)
+
+
+def _scored_at_once(
+  setup: Setup,
+  score: Callable[..., Responses],
+  acting: dict[str, Params],
+  named: dict[str, Params],
+  seen: Experience,
+  temperature: Array,
+  **how: Any,
+) -> Experience:
+  """`scored` in one pass over rows and columns, as who scores both learns from them.
+
+  The policy reads the columns too, but in the forward that the step needs in any case.
+  """
+  own, opponent = seen.own, seen.opponent
+  assert opponent is not None
+  asked = seen.prompts, seen.prompt_attended
+  both = score(acting, named, *asked, pairs.joined(own, opponent), temperature, **how).scores
+  count = own.weights.shape[1]
+  names = setup.objective.opponent_scored
+  columns = {name: Outputs(logp=both[name].logp[:, count:]) for name in names}
+  return seen._replace(
+    own=own._replace(scores=jax.tree.map(lambda x: x[:, :count], both)),
+    opponent=opponent._replace(scores=columns),
+  )
 
 
 def _shapes(setup: Setup, state: RunState) -> Experience:

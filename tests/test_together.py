@@ -66,6 +66,17 @@ def test_the_policy_is_read_once_for_its_scores_and_its_step():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('quickly_compiled')
+def test_so_are_rows_and_columns_that_are_learned_from_together():
+  *_, compiled, given = played('xpo', together=True)
+  whole = products(compiled, 'together', given)
+  *_, compiled, given = played('xpo', together=False)
+  update = products(compiled, 'update', given)
+  *_, compiled, given = played('online_dpo', together=False)  # of two responses to a prompt as well
+  assert whole == update + products(compiled, 'score', given) // 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('quickly_compiled')
 def test_so_it_is_at_each_of_two_lengths():
   size = TINY._replace(tokens=8)  # of one token a product is none
   *_, compiled, given = played('grpo', together=True, size=size)

@@ -441,11 +441,10 @@ class Decoder(nn.Module):
     return depth.walk(run, x, groups, kinds, memory, remat=remat, scan=self.scan)
 
   def _trunk(
-    self, tokens: Int[Array, 'R S'], attended: Mask, *, remat: str = 'none', keeps: bool = False
+    self, x: Array, given: Sequence[Any], *, remat: str = 'none', keeps: bool = False
   ) -> tuple[Array, list[Any]]:
-    """Every layer over whole rows. -> f[R, S, D] before the last norm, and where it `keeps` them
-    (keys, values) of each."""
-    x, given = self._rows(tokens, attended, 'xla' if keeps else self.kernel)
+    """Every layer, over what `_rows` gives. -> f[R, S, D] before the last norm, and where it
+    `keeps` them (keys, values) of each."""
 
     def layer(own: Callable, beside: Any, x: Array, _: Any) -> tuple[Array, Any]:
       x, kept = own(x, *beside)
@@ -460,7 +459,7 @@ class Decoder(nn.Module):
       for layer, beside in zip(self.layers, given, strict=True):
         x, _ = layer(x, *beside)
       return self.norm(x)
-    return self.norm(self._trunk(tokens, attended, remat=self.remat)[0])
+    return self.norm(self._trunk(*self._rows(tokens, attended, self.kernel), remat=self.remat)[0])
 
   def branches(
     self,
@@ -513,11 +512,7 @@ class Decoder(nn.Module):
     x = sharding.constrain_batch(self._embed(rows, positions), self.layout)
     given = list(zip(self._turns(positions), map(over, self._masks(within)), strict=True))
 
-    def layer(own: Callable, beside: Any, x: Array, _: Any) -> tuple[Array, Any]:
-      x, _ = own(x, *beside)
-      return sharding.constrain_batch(x, self.layout), ()
-
-    x = self._walk(x, given, layer, remat=self.remat)[0][:, start - 1 :]
+    x = self._trunk(x, given, remat=self.remat)[0][:, start - 1 :]
     first, then = x[:, :1], x[:, 1:].reshape(batch, count, length, -1)
     first = jnp.broadcast_to(first[:, None], (batch, count, *first.shape[1:]))
     return self.norm(jnp.concatenate([first, then], 2))
@@ -533,7 +528,7 @@ class Decoder(nn.Module):
     self, tokens: Int[Array, 'B P'], attended: Bool[Array, 'B P']
   ) -> tuple[Float[Array, 'B D'], Prefix]:
     """Left-padded prompts, once. -> (the state after the last token, the prefix)."""
-    x, memory = self._trunk(tokens, attended, keeps=True)
+    x, memory = self._trunk(*self._rows(tokens, attended), keeps=True)
     keys, values = zip(*memory, strict=True)
     lengths = attended.sum(axis=1, dtype=jnp.int32)
     return self.norm(x[:, -1]), Prefix(keys, values, attended, lengths)
