@@ -75,8 +75,8 @@ AXES = {
     lambda size, rows, value: (size, max(1, rows // 8) * value, value, 1),
     0,
     'Decoding reads the weights once a token for all K responses and multiplies for each: between '
-    '0 and 1. Score and update run each response with its prompt: 1, but for the optimiser, which '
-    'knows no K.',
+    '0 and 1. Score and update run a prompt once and each response to it, P + K T, and the '
+    'optimiser knows no K: below 1.',
   ),
   'vocab': Axis(
     'V',

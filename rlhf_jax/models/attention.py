@@ -23,10 +23,11 @@ class Source(NamedTuple):
   """Keys and values with who may see them; rank 4 is shared by the queries, rank 3 is one each.
 
   Those have H, B and K as one axis: with more axes, XLA copies a cache that it could update, and
-  behind another one heads could not be split over devices.
+  behind another one heads could not be split over devices. Where no cache is kept, rank 5 is one
+  each with its axes apart, so that rows stay on the devices that they are split over.
   """
 
-  keys: Array  # f[B, H, P, E] or f[H·B·K, T, E]
+  keys: Array  # f[B, H, P, E], f[H·B·K, T, E] or f[B, H, K, T, E]
   values: Array  # like keys
   mask: Array  # bool, broadcasts to f[B, H, K, G, P]
 
@@ -61,7 +62,7 @@ def attention(
     if theirs.ndim == 4:
       return jnp.einsum(shared, ours, theirs, **ways)
     if theirs.ndim == 5:
-      return jnp.einsum(own.replace('n', 'bhk'), ours, theirs, **ways)
+      return jnp.einsum(own.replace('n', 'bhk'), ours, theirs, **ways)  # n is H·B·K
     found = jnp.einsum(own, merged(ours), theirs, **ways)
     batch, heads, *rest = ours.shape[:4]
     return found.reshape(heads, batch, *rest, found.shape[-1]).swapaxes(0, 1)

@@ -70,9 +70,10 @@ def test_a_table_is_made(command, tmp_path):
   two, four = found['points']
   assert (two['value'], four['value']) == (2, 4)
   assert all(len(seconds) == 5 for seconds in two['seconds'].values())
-  # One prompt, and every product of score and update is of rows.
+  # One prompt, read once: the work of two responses more, and what is left is the prompt's.
   for part in ('score', 'update'):
-    assert four['work'][part][0] == pytest.approx(2 * two['work'][part][0])
+    few, many = two['work'][part][0], four['work'][part][0]
+    assert 0.1 * few < few - (many - few) < 0.9 * few
   assert set(found['slopes']) == {*two['seconds'], 'compiling', 'temporary'}
   assert all(math.isfinite(slope) for pair in found['slopes'].values() for slope in pair)
   page = (tmp_path / 'growth.md').read_text()
