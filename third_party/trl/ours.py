@@ -45,11 +45,15 @@ class Rows:
     branches = model.branches
     assert branches is not None
 
-    def noted(params: Params, prompts: Array, asked: Array, tokens: Array, said: Array) -> Array:
+    def hidden(params: Params, tokens: Array, attended: Array) -> Array:
+      self.scored += tokens.shape[0] * (not self.training)
+      return model.hidden(params, tokens, attended)
+
+    def several(params: Params, prompts: Array, asked: Array, tokens: Array, said: Array) -> Array:
       self.scored += tokens[..., 0].size * (not self.training)
       return branches(params, prompts, asked, tokens, said)
 
-    return model._replace(branches=noted)
+    return model._replace(hidden=hidden, branches=several)
 
   def learned_from(self, given: setups.Setup) -> setups.Setup:
     """What is read once there are targets, is read to learn from. In one program the policy's own
