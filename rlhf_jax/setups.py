@@ -230,7 +230,8 @@ def functions(setup: Setup) -> Functions:
 
     def at(length: int | None):  # the choice is around it all, or XLA would not see across it
       given = acting, named, seen, temperature
-      if setup.objective.opponent_scored:
+      of_columns = set(setup.objective.opponent_scored)
+      if of_columns and of_columns <= set(setup.objective.scored):
         full = _scored_at_once(setup, score, *given, length=length)
       else:
         full = scored(setup, score, score_opponent, *given, length=length)
@@ -287,7 +288,7 @@ def _scored_at_once(
   temperature: Array,
   **how: Any,
 ) -> Experience:
-  """`scored` in one pass over rows and columns, as who scores both learns from them.
+  """`scored` in one pass over rows and columns, as who scores both, alike, learns from them.
 
   The policy reads the columns too, but in the forward that the step needs in any case.
   """

@@ -471,7 +471,8 @@ class Decoder(nn.Module):
     """The states after a left-padded prompt and after each token of K responses to it.
 
     Those of `hidden` of B·K whole rows, but the prompt is read once: row b is its tokens and then
-    those of its responses, none of which sees another.
+    those of its responses, none of which sees another, P + K T tokens instead of K (P + T). Known
+    as a shared-prefix forward (Prefix Grouper).
     """
     (batch, count, length), start = tokens.shape, prompts.shape[1]
     groups = self.config.heads // self.config.kv_heads
@@ -482,15 +483,15 @@ class Decoder(nn.Module):
     def within(window: int | None) -> tuple[Array, ...]:
       """Who sees whom: prompt and prompt, response and prompt, response and itself."""
       asked = visible(prompt_attended)
-      known = jnp.broadcast_to(prompt_attended[:, None, None], (*tokens.shape, start))
+      known = prompt_attended[:, None, None]
       said = causal & attended[:, :, None, :]
       if window is not None:
         asked &= before[:, :, None] - before[:, None, :] < window
-        known &= own[..., None] - before[:, None, None, :] < window
+        # T and G are one axis to the attention: all tokens of a response see the same keys.
+        known = jnp.repeat(known & (own[..., None] - before[:, None, None] < window), groups, 2)
         said &= own[..., :, None] - own[..., None, :] < window
-      # T and G are one axis to the attention: all tokens of a response see the same keys.
-      known, said = (jnp.repeat(mask, groups, 2)[:, None] for mask in (known, said))
-      return asked[:, None, :, None, :], known, said
+      said = jnp.repeat(said, groups, 2)
+      return asked[:, None, :, None, :], known[:, None], said[:, None]
 
     def over(masks: tuple[Array, ...]) -> Attend:
       def attend(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
