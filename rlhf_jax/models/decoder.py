@@ -207,7 +207,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-Turn = tuple[Array, float]  # angles f[..., E/2] of each position, and a factor: see `rotate`
+Turn = tuple[Array, Array]  # cos and sin f[..., E/2] of each position's angles: see `rotate`
 
 
 class Layer(nn.Module):
@@ -291,26 +291,32 @@ class Layer(nn.Module):
 
   def _mlp(self, inputs: Array) -> Array:
     config, activation = self.config, ACTIVATIONS[self.config.activation]
-    up = self._dense(config.mlp_width, config.mlp_bias, 'up', inputs)
-    if config.gated:
-      inner = activation(self._dense(config.mlp_width, config.mlp_bias, 'gate', inputs)) * up
-    else:
-      inner = activation(up)
-    return self._dense(config.width, config.mlp_bias, 'down', inner)
+
+    def between(up: Array, *gate: Array) -> Array:
+      return activation(gate[0]) * up if gate else activation(up)
+
+    names = ('up', 'gate') if config.gated else ('up',)
+    wide = [self._dense(config.mlp_width, config.mlp_bias, name, inputs) for name in names]
+    return self._dense(config.width, config.mlp_bias, 'down', depth.made_again(between)(*wide))
+
+
+def turned(angles: Float[Array, '... half'], factor: float = 1.0) -> Turn:
+  """What `rotate` turns by, times `factor`."""
+  return factor * jnp.cos(angles), factor * jnp.sin(angles)
 
 
 def rotate(
-  x: Float[Array, '... heads E'], angles: Float[Array, '... half'], factor: float = 1.0
+  x: Float[Array, '... heads E'], cos: Float[Array, '... half'], sin: Float[Array, '... half']
 ) -> Float[Array, '... heads E']:
-  """Turn each pair (x_i, x_{i+half}) by its angle, times `factor`; features after them stay.
+  """Turn each pair (x_i, x_{i+half}) by its angle; features after them stay.
 
   The pairs are those of Hugging Face's weights.
   """
-  cos, sin = (factor * part(angles)[..., None, :] for part in (jnp.cos, jnp.sin))
-  turning, still = jnp.split(x, [2 * angles.shape[-1]], axis=-1)
-  first, second = jnp.split(turning.astype(angles.dtype), 2, axis=-1)
-  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return jnp.concatenate([turned.astype(x.dtype), still], axis=-1)
+  turning, still = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
+  first, second = jnp.split(turning.astype(cos.dtype), 2, axis=-1)
+  cos, sin = cos[..., None, :], sin[..., None, :]
+  pairs = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return jnp.concatenate([pairs.astype(x.dtype), still], axis=-1)
 
 
 def flattened(x: Float[Array, '... D']) -> Float[Array, 'N D']:
@@ -360,17 +366,23 @@ class Decoder(nn.Module):
       x = x + jnp.take(self.positions, positions, axis=0).astype(self.dtype)
     return x
 
-  def _turns(self, positions: Int[Array, '...']) -> list[Turn | None]:
-    """Of each layer; those with the same angles share them. None where nothing turns."""
+  def _turns(self, positions: Int[Array, '...'], length: int) -> list[Turn | None]:
+    """Of each layer; those with the same angles share them. None where nothing turns.
+
+    All positions are below `length`. They are looked up: XLA on CPU would make what is computed
+    from them anew for every head of every layer.
+    """
     config, wide = self.config, precision.wide(self.dtype)
-    places = positions[..., None].astype(wide)
+    places = jnp.arange(length, dtype=wide)[:, None]
     if isinstance(config.rope_scaling, rope.Dynamic | rope.Long):
       places = jnp.where(places < config.context, places, jnp.nan)
 
     @functools.cache
     def turn(local: bool) -> Turn:
       factor = 1.0 if local else rope.attention_factor(config.rope_scaling)
-      return places * rope_frequencies(config, local=local).astype(wide), factor
+      angles = places * rope_frequencies(config, local=local).astype(wide)
+      cos, sin = (x.at[positions].get(mode='clip') for x in turned(angles, factor))
+      return cos, sin
 
     own = config.local_rope_theta is not None
     local = [own and window is not None for window in self._each(config.windows)]
@@ -413,7 +425,7 @@ class Decoder(nn.Module):
 
     attends = map(over, self._masks(within))
     x = sharding.constrain_batch(self._embed(tokens, positions), self.layout)
-    return x, list(zip(self._turns(positions), attends, strict=True))
+    return x, list(zip(self._turns(positions, tokens.shape[1]), attends, strict=True))
 
   def _walk(
     self,
@@ -511,7 +523,8 @@ class Decoder(nn.Module):
     rows = jnp.concatenate([prompts, tokens.reshape(batch, -1)], 1)
     positions = jnp.concatenate([before, own.reshape(batch, -1)], 1)
     x = sharding.constrain_batch(self._embed(rows, positions), self.layout)
-    given = list(zip(self._turns(positions), map(over, self._masks(within)), strict=True))
+    turns = self._turns(positions, start + length)
+    given = list(zip(turns, map(over, self._masks(within)), strict=True))
 
     x = self._trunk(x, given, remat=self.remat)[0][:, start - 1 :]
     first, then = x[:, :1], x[:, 1:].reshape(batch, count, length, -1)
@@ -570,7 +583,8 @@ class Decoder(nn.Module):
 
       return own(x, turn, attend)
 
-    given = zip(self._turns(position[:, None]), self._masks(seen), strict=True)
+    turns = self._turns(position[:, None], prefix.attended.shape[1] + len(places))
+    given = zip(turns, self._masks(seen), strict=True)
     memory = zip(zip(*prefix[:2], strict=True), zip(*cache, strict=True), strict=True)
     x = self._embed(token, position[:, None])
     x, found = self._walk(x, list(given), layer, list(memory))
@@ -615,7 +629,8 @@ class Decoder(nn.Module):
 
     x, memory = self._embed(tokens.reshape(batch, -1), position), []
     before = zip(prefix.keys, prefix.values, strict=True)
-    parts = zip(self.layers, self._turns(position), self._masks(seen), before, strict=True)
+    turns = self._turns(position, prefix.attended.shape[1] + length)
+    parts = zip(self.layers, turns, self._masks(seen), before, strict=True)
     for layer, turn, masks, known in parts:
       x, kept = layer(x, turn, over(masks, known))
       memory.append(tuple(map(joined, known, kept)))

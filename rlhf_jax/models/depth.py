@@ -1,7 +1,8 @@
 """How the full forward walks the layers: what is kept for the backward pass, and loop or program.
 
-Without rematerialisation every activation of every layer is kept; with it, what the policy names,
-and the rest is computed a second time (Griewank & Walther 2000; Chen 2016, arXiv 1604.06174).
+Without rematerialisation every activation of every layer is kept that a product or a norm reads;
+with it, what the policy names, and the rest is computed a second time (Griewank & Walther 2000;
+Chen 2016, arXiv 1604.06174).
 With a scan, one layer is compiled, whatever the depth. The parameters' tree is per layer all the
 same: they are stacked inside the compiled function, and their gradients come apart there.
 """
@@ -32,6 +33,26 @@ def check(remat: str) -> None:
   """
   if remat not in REMAT:
     raise ValueError(f'model.remat must be one of {list(REMAT)}, got {remat!r}')
+
+
+def made_again(f: Callable[..., Array]) -> Callable[..., Array]:
+  """f of arrays of one shape, elementwise, of which the arguments alone are kept for its gradient.
+
+  What lies between them costs less to make again than to keep. So would `jax.checkpoint` say; but
+  XLA on CPU forgets its barrier before it orders the program, and makes again at once, in the
+  forward pass, what it then holds all the same. Here that waits: 0 times the cotangent is added to
+  the arguments. Where it is infinite the gradient is NaN.
+  """
+
+  def forward(*given: Array) -> tuple[Array, tuple[Array, ...]]:
+    return f(*given), given
+
+  def backward(given: tuple[Array, ...], slope: Array) -> tuple[Array, ...]:
+    return jax.vjp(f, *(x + 0 * slope for x in given))[1](slope)
+
+  made = jax.custom_vjp(f)
+  made.defvjp(forward, backward)
+  return made
 
 
 def period(kinds: Sequence[Hashable]) -> int:

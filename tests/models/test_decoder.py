@@ -263,7 +263,7 @@ def test_the_gradient_of_attention_is_that_of_a_softmax():
 def test_rotation_by_hand():
   # A pair (1, 0) turned by 90 degrees is (0, 1); the pairs are (x_0, x_2) and (x_1, x_3).
   x = np.array([[[1, 5, 0, 0]]], np.float32)
-  turned = decoders.rotate(x, np.array([[np.pi / 2, 0]], np.float32))
+  turned = decoders.rotate(x, *decoders.turned(np.array([[np.pi / 2, 0]], np.float32)))
   np.testing.assert_allclose(turned, [[[0, 5, 1, 0]]], atol=1e-6)
 
 
@@ -368,7 +368,7 @@ def test_tokens_as_one_axis_change_no_gradient(monkeypatch):
 def test_a_feature_that_does_not_turn_stays():
   # One pair turns, (x_0, x_1), here by 90 degrees and doubled; x_2 and x_3 stay as they are.
   x = np.array([[[1, 0, 7, 8]]], np.float32)
-  turned = decoders.rotate(x, np.array([[np.pi / 2]], np.float32), 2.0)
+  turned = decoders.rotate(x, *decoders.turned(np.array([[np.pi / 2]], np.float32), 2.0))
   np.testing.assert_allclose(turned, [[[0, 2, 7, 8]]], atol=1e-6)
 
 

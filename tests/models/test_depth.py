@@ -147,7 +147,8 @@ def kept(remat, scan):
 def test_each_policy_keeps_less(scan):
   inputs = 8 * 2 * 6 * 16  # what 'layer' keeps: 8 layers' inputs [2, 6, 16]
   found = {remat: kept(remat, scan) for remat in depth.REMAT}
-  assert found['none'] > 3 * found['dots']
+  # 'none': what norms and attention read as well, and of a gated block its product (`made_again`).
+  assert found['none'] > 2.5 * found['dots']
   # Products with weights: 16 + 8 + 8 of query, key and value, 16 behind them, 2 · 32 and 16.
   assert found['dots'] > 8 * 2 * 6 * 128
   assert found['dots'] > 3 * found['layer']
