@@ -301,7 +301,7 @@ class Layer(nn.Module):
 
 
 def turned(angles: Float[Array, '... half'], factor: float = 1.0) -> Turn:
-  """What `rotate` turns by, times `factor`."""
+  """What `rotate` turns by: f cos θ and f sin θ, f = `factor`, θ in radians."""
   return factor * jnp.cos(angles), factor * jnp.sin(angles)
 
 
@@ -484,7 +484,7 @@ class Decoder(nn.Module):
 
     Those of `hidden` of B·K whole rows, but the prompt is read once: row b is its tokens and then
     those of its responses, none of which sees another, P + K T tokens instead of K (P + T). Known
-    as a shared-prefix forward (Prefix Grouper).
+    as a shared-prefix forward (Prefix Grouper, Liu 2025, arXiv 2506.05433).
     """
     (batch, count, length), start = tokens.shape, prompts.shape[1]
     groups = self.config.heads // self.config.kv_heads
