@@ -3,9 +3,10 @@
 Where few rows meet a small matrix, XLA gains next to nothing from a second core, and what does not
 depend on each other runs in turn; a decoding step is both. Host threads use the other cores: rows,
 and players that have no parameters in common, are drawn by calls of their own. Keys belong to
-responses, so no draw changes. A model too large for rows of their own is read transposed.
+responses, so no draw changes. A large model is read transposed, and its rows are split if many.
 """
 
+import collections
 import concurrent.futures
 import math
 import os
@@ -20,8 +21,8 @@ from rlhf_jax.models import matrices
 from rlhf_jax.types import Array, Params, Responses, Sampling
 
 # Rows are split only where their parameters are of so many bytes: below, threads cost more than
-# they save; above, each lane reads all of them from memory, which they share.
-LEAST, MOST = 2**20, 2**26
+# they save; above, each lane reads all of them from memory, for so many rows of its own at least.
+LEAST, MOST, PAYS = 2**20, 2**26, 12
 
 
 def cores(mesh: sharding.Mesh) -> int:
@@ -75,7 +76,8 @@ def spread(
 
     tasks = []
     for some in _apart(player):
-      size = len(prompts) // _lanes(params, [player[n] for n in some], len(prompts), count)
+      cast, columns = [player[n] for n in some], [responses[n] for n in some]
+      size = len(prompts) // _lanes(params, cast, columns, len(prompts), count)
       tasks += [(some, first, size) for first in range(0, len(prompts), size)]
     # What is new is compiled by one call, or each lane would compile it.
     alike = jax.tree.structure(player), *_shapes(params, given, responses)
@@ -117,12 +119,19 @@ def _apart(cast: Sequence[players.Player]) -> list[list[int]]:
 
 
 def _lanes(
-  params: Mapping[str, Params], cast: Sequence[players.Player], rows: int, count: int
+  params: Mapping[str, Params],
+  cast: Sequence[players.Player],
+  responses: Sequence[int],
+  prompts: int,
+  count: int,
 ) -> int:
-  """In how many parts the rows of these players are drawn."""
-  names = {name for player in cast for name in players.members(player)}
-  size = sum(_bytes(params[name]) for name in names)
-  return math.gcd(rows, count) if LEAST <= size <= MOST else 1
+  """In how many parts the prompts of these players are drawn."""
+  columns = collections.Counter[str]()
+  for player, own in zip(cast, responses, strict=True):
+    columns.update(dict.fromkeys(players.members(player), own))
+  size, parts = sum(_bytes(params[name]) for name in columns), math.gcd(prompts, count)
+  rows = prompts // parts * min(columns.values())  # of a lane, that read the same parameters
+  return parts if size >= LEAST and (size <= MOST or rows >= PAYS) else 1
 
 
 def _bytes(params: Params) -> int:

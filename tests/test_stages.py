@@ -171,13 +171,19 @@ def test_lanes_change_no_draw(cast, monkeypatch):
   assert sorted(calls) == sorted([(*group, B // 2) for group in groups] * 2)
 
 
-def test_small_and_large_parameters_are_not_split():
+def test_small_parameters_are_not_split_nor_large_ones_for_few_rows():
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(parameters()['policy']))
   assert size < lanes.LEAST
   many = {'policy': jnp.zeros(lanes.MOST // 4 + 1)}
   some = {'policy': jnp.zeros(lanes.LEAST)}
-  for params, rows, expected in ((parameters(), 8, 1), (many, 8, 1), (some, 8, 2), (some, 7, 1)):
-    assert lanes._lanes(params, [players.POLICY], rows, 2) == expected
+  own = parameters()
+  cases = ((own, 8, 1), (many, 8, 1), (some, 8, 2), (some, 7, 1), (many, 24, 2), (own, 24, 1))
+  for params, prompts, expected in cases:
+    assert lanes._lanes(params, [players.POLICY], [1], prompts, 2) == expected
+  assert lanes._lanes(many, [players.POLICY, players.POLICY], [1, 2], 8, 2) == 2  # 3 rows a prompt
+  both = {**many, 'reference': many['policy']}
+  mixture = players.mixture(0.5)
+  assert lanes._lanes(both, [players.POLICY, mixture], [2, 1], 16, 2) == 1  # 1 of the reference
 
 
 @pytest.mark.parametrize('scan', [False, True])
