@@ -1,6 +1,7 @@
 """Log-probabilities, entropy and KL of given tokens without ever holding all logits."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,15 @@ from jaxtyping import Array, Float, Int
 SLICE_ELEMENTS = 2**24
 
 
+def scaled(logits: Float[Array, '*lead V'], temperature: Array) -> Float[Array, '*lead V']:
+  """logits / temperature, in float32 at least."""
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  return logits / temperature.astype(logits.dtype)
+
+
 def log_softmax(logits: Float[Array, '*lead V'], temperature: Array) -> Float[Array, '*lead V']:
   """log softmax(logits / temperature), in float32 at least."""
-  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-  return jax.nn.log_softmax(logits / temperature.astype(logits.dtype), -1)
+  return jax.nn.log_softmax(scaled(logits, temperature), -1)
 
 
 def mixture(
@@ -39,6 +45,47 @@ def divergence(logp: Float[Array, '*lead V'], other: Float[Array, '*lead V']) ->
   """KL(p || q) = Σ p (log p − log q) in nats. Tokens of probability 0 under p add nothing."""
   p = jnp.exp(logp)
   return jnp.sum(jnp.where(p > 0, p * (logp - other), 0), -1)
+
+
+@jax.custom_vjp
+def of_tokens(
+  logits: Float[Array, '*lead V'], tokens: Int[Array, '*lead']
+) -> tuple[Float[Array, '*lead'], Float[Array, '*lead']]:
+  """log π(a) and the entropy H of π = softmax(logits), in nats, for one pass in either direction.
+
+    ∂ log π(a) / ∂ logits_v = 1[v = a] − π(v),  ∂H / ∂ logits_v = −π(v) (log π(v) + H)
+
+  What `jnp.log_softmax` and `entropy` give, of which the derivatives would hold an array as wide
+  as the logits for each step of theirs; this one holds the logits. Tokens of probability 0 add
+  nothing.
+  """
+  found, _ = _of_tokens_forward(logits, tokens)
+  return found
+
+
+def _of_tokens_forward(logits: Array, tokens: Array) -> tuple[tuple[Array, Array], Any]:
+  top = logits.max(-1)
+  away = logits - top[..., None]
+  mass = jnp.exp(away)
+  total = mass.sum(-1)
+  # A choice, not an index: devices that have parts of a vocabulary would have to gather it.
+  chosen = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == tokens[..., None], away, 0), -1)
+  normalizer = jnp.log(total)
+  spread = normalizer - jnp.sum(jnp.where(mass > 0, mass * away, 0), -1) / total
+  return (chosen - normalizer, spread), (logits, tokens, top + normalizer, spread)
+
+
+def _of_tokens_backward(kept: Any, slopes: tuple[Array, Array]) -> tuple[Array, None]:
+  logits, tokens, normalizer, spread = kept
+  of_chosen, of_spread = (slope[..., None] for slope in slopes)
+  logp = logits - normalizer[..., None]
+  p = jnp.exp(logp)
+  is_token = jnp.arange(logits.shape[-1]) == tokens[..., None]
+  pulled = jnp.where(p > 0, p * (of_chosen + of_spread * (logp + spread[..., None])), 0)
+  return jnp.where(is_token, of_chosen, 0) - pulled, None
+
+
+of_tokens.defvjp(_of_tokens_forward, _of_tokens_backward)
 
 
 def row_groups(rows: int, vocab_size: int, slice_elements: int) -> int:
@@ -87,16 +134,13 @@ def token_statistics(
   def one(part: tuple) -> tuple[Array, Array | None, Array | None, Array | None]:
     state, token, other = jax.tree.map(keep, part)
 
-    def chosen(logp: Array) -> Array:
-      # The gradient is a choice too: that of an index is a scatter, slow and on a GPU in any order.
-      return jnp.sum(jnp.where(jnp.arange(logp.shape[-1]) == token[..., None], logp, 0), -1)
-
-    logp = log_softmax(head(state), temperature)
-    spread = entropy(logp) if entropies else None
+    logits = scaled(head(state), temperature)
+    chosen, spread = of_tokens(logits, token)
     if reference is None:
-      return chosen(logp), spread, None, None
-    theirs = log_softmax(reference[0](other), temperature)
-    return chosen(logp), spread, divergence(logp, theirs), chosen(theirs)
+      return chosen, spread if entropies else None, None, None
+    theirs = scaled(reference[0](other), temperature)
+    kl = divergence(jax.nn.log_softmax(logits, -1), jax.nn.log_softmax(theirs, -1))
+    return chosen, spread if entropies else None, kl, of_tokens(theirs, token)[0]
 
   parts = (sliced(hidden), sliced(tokens), None if reference is None else sliced(reference[1]))
   if slices == 1:
