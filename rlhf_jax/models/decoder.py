@@ -240,7 +240,9 @@ class Layer(nn.Module):
     inputs = before('mlp_norm', x if config.parallel else attended)
     return attended + after('mlp_post_norm', self._mlp(inputs)), memory
 
-  def _dense(self, features: int, bias: bool, name: str, inputs: Array) -> Array:
+  def _dense(
+    self, features: int, bias: bool, name: str, inputs: Array, dot_general: Any = None
+  ) -> Array:
     own: Any = self.get_variable('params', name)
     adapter: Any = self.get_variable('params', f'{name}_lora')  # put there by `lora.join`
     rows, exact = flattened(inputs) if self.flat else inputs, precision.of(self.dtype)
@@ -256,6 +258,7 @@ class Layer(nn.Module):
         precision=exact,
         kernel_init=nn.initializers.normal(0.02),
         promote_dtype=_promote,
+        dot_general=dot_general,
         name=name,
       )
       out = dense(rows)
@@ -292,12 +295,22 @@ class Layer(nn.Module):
   def _mlp(self, inputs: Array) -> Array:
     config, activation = self.config, ACTIVATIONS[self.config.activation]
 
-    def between(up: Array, *gate: Array) -> Array:
+    def between(_: Any, up: Array, *gate: Array) -> Array:
       return activation(gate[0]) * up if gate else activation(up)
+
+    def down(inputs: Array, kernel: Array, *how: Any, **ways: Any) -> Array:
+      """Their product, for whose gradient what the inputs are made of is kept in their place."""
+
+      def product(kernel: Array, *wide: Array) -> Array:
+        rows = between((), *wide).reshape(inputs.shape)
+        return jax.lax.dot_general(rows, kernel, *how, **ways)
+
+      return depth.made_again(product)(kernel, *wide)
 
     names = ('up', 'gate') if config.gated else ('up',)
     wide = [self._dense(config.mlp_width, config.mlp_bias, name, inputs) for name in names]
-    return self._dense(config.width, config.mlp_bias, 'down', depth.made_again(between)(*wide))
+    rows = depth.made_again(between)((), *wide)
+    return self._dense(config.width, config.mlp_bias, 'down', rows, down)
 
 
 def turned(angles: Float[Array, '... half'], factor: float = 1.0) -> Turn:

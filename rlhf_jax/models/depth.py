@@ -36,19 +36,22 @@ def check(remat: str) -> None:
 
 
 def made_again(f: Callable[..., Array]) -> Callable[..., Array]:
-  """f of arrays of one shape, elementwise, of which the arguments alone are kept for its gradient.
+  """f(beside, *arrays) of rows, of which the arguments alone are kept for its gradient.
 
-  What lies between them costs less to make again than to keep. So would `jax.checkpoint` say; but
-  XLA on CPU forgets its barrier before it orders the program, and makes again at once, in the
-  forward pass, what it then holds all the same. Here that waits: 0 times the cotangent is added to
-  the arguments. Where it is infinite the gradient is NaN.
+  What lies between costs less to make again than to keep. So would `jax.checkpoint` say; but XLA on
+  CPU forgets its barrier before it orders the program, and makes again at once, in the forward
+  pass, what it then holds all the same. Here that waits: 0 times the row's cotangent is added to
+  the arrays, f[..., _]. Where it is infinite the gradient is NaN.
   """
 
-  def forward(*given: Array) -> tuple[Array, tuple[Array, ...]]:
+  def forward(*given: Any) -> tuple[Array, tuple[Any, ...]]:
     return f(*given), given
 
-  def backward(given: tuple[Array, ...], slope: Array) -> tuple[Array, ...]:
-    return jax.vjp(f, *(x + 0 * slope for x in given))[1](slope)
+  def backward(given: tuple[Any, ...], slope: Array) -> tuple[Any, ...]:
+    beside, *arrays = given
+    nothing = 0 * slope.reshape(*arrays[0].shape[:-1], -1)[..., :1]
+    later = [x + nothing.astype(x.dtype) for x in arrays]
+    return jax.vjp(f, beside, *later)[1](slope)
 
   made = jax.custom_vjp(f)
   made.defvjp(forward, backward)

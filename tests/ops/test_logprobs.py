@@ -52,6 +52,29 @@ def test_divergence_by_hand():
   assert logprobs.divergence(log_law(0.5, 0.5), log_law(0.0, 1.0)) == np.inf
 
 
+def test_tokens_have_the_log_prob_and_entropy_of_their_law_and_its_gradient():
+  logits = 3 * jax.random.normal(jax.random.key(0), (2, 3, 5)) + 1000 * jnp.eye(2, 3)[..., None]
+  logits = logits.at[1, 2, 4].set(-jnp.inf)  # a token that the head has ruled out
+  tokens = jnp.array([[0, 4, 2], [1, 1, 3]])
+
+  def plain(logits):
+    logp = jax.nn.log_softmax(logits, -1)
+    return jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0], logprobs.entropy(logp)
+
+  def asked(f, which):
+    return lambda logits: jnp.sum(jnp.cos(f(logits)[which]) * jnp.arange(1.0, 4.0))
+
+  def one(logits):
+    return logprobs.of_tokens(logits, tokens)
+
+  low = jnp.maximum(logits, -1e4)  # of which the plain form has a gradient
+  for which in (0, 1):
+    assert_close(one(logits)[which], plain(low)[which], atol=1e-4)
+    expected = jax.grad(asked(plain, which))(low)
+    assert jnp.max(jnp.abs(expected)) > 0.1
+    assert_close(jax.grad(asked(one, which))(logits), expected, atol=1e-4)
+
+
 # --- mixtures --------------------------------------------------------------------------------
 
 # At weight ¼ the odds 16 : 1 become 2 : 1; swapped they would become 8 : 1.
