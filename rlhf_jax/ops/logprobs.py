@@ -47,6 +47,16 @@ def divergence(logp: Float[Array, '*lead V'], other: Float[Array, '*lead V']) ->
   return jnp.sum(jnp.where(p > 0, p * (logp - other), 0), -1)
 
 
+def chosen(values: Float[Array, '*lead V'], tokens: Int[Array, '*lead']) -> Float[Array, '*lead']:
+  """The value of each token, as a choice. The gradient of an index is a scatter, slow and on a GPU
+  in any order, and devices that have parts of a vocabulary would have to gather it."""
+  return jnp.sum(jnp.where(_is_token(values, tokens), values, 0), -1)
+
+
+def _is_token(values: Array, tokens: Array) -> Array:
+  return jnp.arange(values.shape[-1]) == tokens[..., None]
+
+
 @jax.custom_vjp
 def of_tokens(
   logits: Float[Array, '*lead V'], tokens: Int[Array, '*lead']
@@ -68,11 +78,10 @@ def _of_tokens_forward(logits: Array, tokens: Array) -> tuple[tuple[Array, Array
   away = logits - top[..., None]
   mass = jnp.exp(away)
   total = mass.sum(-1)
-  # A choice, not an index: devices that have parts of a vocabulary would have to gather it.
-  chosen = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == tokens[..., None], away, 0), -1)
   normalizer = jnp.log(total)
   spread = normalizer - jnp.sum(jnp.where(mass > 0, mass * away, 0), -1) / total
-  return (chosen - normalizer, spread), (logits, tokens, top + normalizer, spread)
+  logp = chosen(away, tokens) - normalizer
+  return (logp, spread), (logits, tokens, top + normalizer, spread)
 
 
 def _of_tokens_backward(kept: Any, slopes: tuple[Array, Array]) -> tuple[Array, None]:
@@ -80,9 +89,8 @@ def _of_tokens_backward(kept: Any, slopes: tuple[Array, Array]) -> tuple[Array, 
   of_chosen, of_spread = (slope[..., None] for slope in slopes)
   logp = logits - normalizer[..., None]
   p = jnp.exp(logp)
-  is_token = jnp.arange(logits.shape[-1]) == tokens[..., None]
   pulled = jnp.where(p > 0, p * (of_chosen + of_spread * (logp + spread[..., None])), 0)
-  return jnp.where(is_token, of_chosen, 0) - pulled, None
+  return jnp.where(_is_token(logits, tokens), of_chosen, 0) - pulled, None
 
 
 of_tokens.defvjp(_of_tokens_forward, _of_tokens_backward)
@@ -135,12 +143,13 @@ def token_statistics(
     state, token, other = jax.tree.map(keep, part)
 
     logits = scaled(head(state), temperature)
-    chosen, spread = of_tokens(logits, token)
     if reference is None:
-      return chosen, spread if entropies else None, None, None
-    theirs = scaled(reference[0](other), temperature)
-    kl = divergence(jax.nn.log_softmax(logits, -1), jax.nn.log_softmax(theirs, -1))
-    return chosen, spread if entropies else None, kl, of_tokens(theirs, token)[0]
+      logp, of_law = of_tokens(logits, token)
+      return logp, of_law if entropies else None, None, None
+    theirs = log_softmax(reference[0](other), temperature)
+    law = jax.nn.log_softmax(logits, -1)
+    spread = entropy(law) if entropies else None
+    return chosen(law, token), spread, divergence(law, theirs), chosen(theirs, token)
 
   parts = (sliced(hidden), sliced(tokens), None if reference is None else sliced(reference[1]))
   if slices == 1:
