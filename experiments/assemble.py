@@ -312,7 +312,8 @@ def parts(config: ConfigDict) -> Parts:
     sample = actor.placed(sample, there, layout)
   elif not config.mesh.ahead:  # lanes wait for what they draw
     whole_numbers = architecture.in_int8(config, 'actor')
-    sample = lanes.spread(sample, lanes.cores(mesh), transposes=not whole_numbers)
+    copies = config.model.scan or config.model.dtype != 'float32'
+    sample = lanes.spread(sample, lanes.cores(mesh), transposes=not whole_numbers, copies=copies)
 
   def calibrating(batch: Prompts) -> Responses:
     """Fresh responses of the reference, for judges that count from them."""

@@ -22,7 +22,7 @@ from rlhf_jax.types import Array, Params, Responses, Sampling
 
 # Rows are split only where their parameters are of so many bytes: below, threads cost more than
 # they save; above, each lane reads all of them from memory, for so many rows of its own at least.
-LEAST, MOST, PAYS = 2**20, 2**26, 12
+LEAST, MOST, LEAST_ROWS = 2**20, 2**26, 12
 
 
 def cores(mesh: sharding.Mesh) -> int:
@@ -33,15 +33,18 @@ def cores(mesh: sharding.Mesh) -> int:
 
 
 def spread(
-  sample: Callable[..., Any], count: int, *, transposes: bool = True
+  sample: Callable[..., Any], count: int, *, transposes: bool = True, copies: bool = False
 ) -> Callable[..., Any]:
   """`sample` (`actor.sampler`) on `count` lanes; `sample` itself for one.
 
-  `transposes` must be false for an actor that rounds its own matrices (`int8.acting`).
+  `transposes` must be false for an actor that rounds its own matrices (`int8.acting`). `copies`
+  says that it makes others of its own (of a scan, or of a narrower type): each lane would, so that
+  no rows of a large model are split.
   """
   if count < 2:
     return sample
   turn = jax.jit(matrices.transposed)
+  least_rows = LEAST_ROWS if transposes and not copies else math.inf
   pool, seen = concurrent.futures.ThreadPoolExecutor(count, 'lane'), set[Any]()
 
   def run(
@@ -77,7 +80,7 @@ def spread(
     tasks = []
     for some in _apart(player):
       cast, columns = [player[n] for n in some], [responses[n] for n in some]
-      size = len(prompts) // _lanes(params, cast, columns, len(prompts), count)
+      size = len(prompts) // _lanes(params, cast, columns, len(prompts), count, least_rows)
       tasks += [(some, first, size) for first in range(0, len(prompts), size)]
     # What is new is compiled by one call, or each lane would compile it.
     alike = jax.tree.structure(player), *_shapes(params, given, responses)
@@ -124,6 +127,7 @@ def _lanes(
   responses: Sequence[int],
   prompts: int,
   count: int,
+  least_rows: float = LEAST_ROWS,
 ) -> int:
   """In how many parts the prompts of these players are drawn."""
   columns = collections.Counter[str]()
@@ -131,7 +135,7 @@ def _lanes(
     columns.update(dict.fromkeys(players.members(player), own))
   size, parts = sum(_bytes(params[name]) for name in columns), math.gcd(prompts, count)
   rows = prompts // parts * min(columns.values())  # of a lane, that read the same parameters
-  return parts if size >= LEAST and (size <= MOST or rows >= PAYS) else 1
+  return parts if size >= LEAST and (size <= MOST or rows >= least_rows) else 1
 
 
 def _bytes(params: Params) -> int:

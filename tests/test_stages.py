@@ -1,6 +1,7 @@
 """Faster ways to the same draws: stages of a rollout, players side by side, lanes of one CPU."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -180,6 +181,7 @@ def test_small_parameters_are_not_split_nor_large_ones_for_few_rows():
   cases = ((own, 8, 1), (many, 8, 1), (some, 8, 2), (some, 7, 1), (many, 24, 2), (own, 24, 1))
   for params, prompts, expected in cases:
     assert lanes._lanes(params, [players.POLICY], [1], prompts, 2) == expected
+  assert lanes._lanes(many, [players.POLICY], [1], 24, 2, math.inf) == 1  # a copy in each lane
   assert lanes._lanes(many, [players.POLICY, players.POLICY], [1, 2], 8, 2) == 2  # 3 rows a prompt
   both = {**many, 'reference': many['policy']}
   mixture = players.mixture(0.5)

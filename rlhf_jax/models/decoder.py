@@ -295,22 +295,21 @@ class Layer(nn.Module):
   def _mlp(self, inputs: Array) -> Array:
     config, activation = self.config, ACTIVATIONS[self.config.activation]
 
-    def between(_: Any, up: Array, *gate: Array) -> Array:
+    def between(up: Array, *gate: Array) -> Array:
       return activation(gate[0]) * up if gate else activation(up)
 
     def down(inputs: Array, kernel: Array, *how: Any, **ways: Any) -> Array:
-      """Their product, for whose gradient what the inputs are made of is kept in their place."""
+      def product(rows: Array, kernel: Array) -> Array:
+        return jax.lax.dot_general(rows.reshape(inputs.shape), kernel, *how, **ways)
 
-      def product(kernel: Array, *wide: Array) -> Array:
-        rows = between((), *wide).reshape(inputs.shape)
-        return jax.lax.dot_general(rows, kernel, *how, **ways)
-
-      return depth.made_again(product)(kernel, *wide)
+      return depth.product_made_again(between, product)(kernel, *wide)
 
     names = ('up', 'gate') if config.gated else ('up',)
     wide = [self._dense(config.mlp_width, config.mlp_bias, name, inputs) for name in names]
-    rows = depth.made_again(between)((), *wide)
-    return self._dense(config.width, config.mlp_bias, 'down', rows, down)
+    rows = depth.made_again(between)(*wide)
+    # Beside adapters a kernel has no gradient, which a rule of its own would trace all the same.
+    learnt = not any(name.endswith('_lora') for name in self.variables.get('params', {}))
+    return self._dense(config.width, config.mlp_bias, 'down', rows, down if learnt else None)
 
 
 def turned(angles: Float[Array, '... half'], factor: float = 1.0) -> Turn:

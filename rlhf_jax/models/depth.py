@@ -36,24 +36,50 @@ def check(remat: str) -> None:
 
 
 def made_again(f: Callable[..., Array]) -> Callable[..., Array]:
-  """f(beside, *arrays) of rows, of which the arguments alone are kept for its gradient.
+  """f of arrays of one shape, elementwise, of which the arguments alone are kept for its gradient.
 
-  What lies between costs less to make again than to keep. So would `jax.checkpoint` say; but XLA on
-  CPU forgets its barrier before it orders the program, and makes again at once, in the forward
-  pass, what it then holds all the same. Here that waits: 0 times the row's cotangent is added to
-  the arrays, f[..., _]. Where it is infinite the gradient is NaN.
+  What lies between them costs less to make again than to keep. So would `jax.checkpoint` say; but
+  XLA on CPU forgets its barrier before it orders the program, and makes again at once, in the
+  forward pass, what it then holds all the same. Here that waits: 0 times the cotangent is added to
+  the arguments. Where it is infinite the gradient is NaN.
   """
 
-  def forward(*given: Any) -> tuple[Array, tuple[Any, ...]]:
+  def forward(*given: Array) -> tuple[Array, tuple[Array, ...]]:
     return f(*given), given
 
-  def backward(given: tuple[Any, ...], slope: Array) -> tuple[Any, ...]:
-    beside, *arrays = given
-    nothing = 0 * slope.reshape(*arrays[0].shape[:-1], -1)[..., :1]
-    later = [x + nothing.astype(x.dtype) for x in arrays]
-    return jax.vjp(f, beside, *later)[1](slope)
+  def backward(given: tuple[Array, ...], slope: Array) -> tuple[Array, ...]:
+    return jax.vjp(f, *(x + 0 * slope for x in given))[1](slope)
 
   made = jax.custom_vjp(f)
+  made.defvjp(forward, backward)
+  return made
+
+
+def product_made_again(
+  between: Callable[..., Array], product: Callable[[Array, Array], Array]
+) -> Callable[..., Array]:
+  """product(between(*arrays), kernel) of (kernel, *arrays), for whose gradients those are kept.
+
+  `between` is elementwise, `product` linear in either argument. The gradient of the kernel needs
+  what lies between, which waits to be made again as above: for the first entry of the row's
+  cotangent, f[*rows, _] or with the rows as one axis.
+  """
+
+  def whole(kernel: Array, *arrays: Array) -> Array:
+    return product(between(*arrays), kernel)
+
+  def forward(*given: Array) -> tuple[Array, tuple[Array, ...]]:
+    return whole(*given), given
+
+  def backward(given: tuple[Array, ...], slope: Array) -> tuple[Array, ...]:
+    kernel, *arrays = given
+    nothing = 0 * slope.reshape(*arrays[0].shape[:-1], -1)[..., :1]
+    rows, pull = jax.vjp(between, *(x + nothing.astype(x.dtype) for x in arrays))
+    (of_rows,) = jax.linear_transpose(lambda rows: product(rows, kernel), rows)(slope)
+    (of_kernel,) = jax.linear_transpose(lambda kernel: product(rows, kernel), kernel)(slope)
+    return of_kernel, *pull(of_rows)
+
+  made = jax.custom_vjp(whole)
   made.defvjp(forward, backward)
   return made
 

@@ -65,7 +65,7 @@ def of_tokens(
 
     ∂ log π(a) / ∂ logits_v = 1[v = a] − π(v),  ∂H / ∂ logits_v = −π(v) (log π(v) + H)
 
-  What `jnp.log_softmax` and `entropy` give, of which the derivatives would hold an array as wide
+  What `jax.nn.log_softmax` and `entropy` give, of which the derivatives would hold an array as wide
   as the logits for each step of theirs; this one holds the logits. Tokens of probability 0 add
   nothing.
   """
@@ -81,13 +81,13 @@ def _of_tokens_forward(logits: Array, tokens: Array) -> tuple[tuple[Array, Array
   normalizer = jnp.log(total)
   spread = normalizer - jnp.sum(jnp.where(mass > 0, mass * away, 0), -1) / total
   logp = chosen(away, tokens) - normalizer
-  return (logp, spread), (logits, tokens, top + normalizer, spread)
+  return (logp, spread), (logits, tokens, top, normalizer, spread)
 
 
 def _of_tokens_backward(kept: Any, slopes: tuple[Array, Array]) -> tuple[Array, None]:
-  logits, tokens, normalizer, spread = kept
+  logits, tokens, top, normalizer, spread = kept
   of_chosen, of_spread = (slope[..., None] for slope in slopes)
-  logp = logits - normalizer[..., None]
+  logp = (logits - top[..., None]) - normalizer[..., None]  # as forward: Σ_v of the slope is 0
   p = jnp.exp(logp)
   pulled = jnp.where(p > 0, p * (of_chosen + of_spread * (logp + spread[..., None])), 0)
   return jnp.where(_is_token(logits, tokens), of_chosen, 0) - pulled, None

@@ -148,6 +148,9 @@ def test_each_policy_keeps_less(scan, monkeypatch):
   inputs = 8 * 2 * 6 * 16  # what 'layer' keeps: 8 layers' inputs [2, 6, 16]
   found = {remat: kept(remat, scan) for remat in depth.REMAT}
   monkeypatch.setattr(depth, 'made_again', lambda f: f)
+  monkeypatch.setattr(
+    depth, 'product_made_again', lambda f, product: lambda kernel, *x: product(f(*x), kernel)
+  )
   everything = kept('none', scan)
   assert everything > 3 * found['dots']
   # Of a gated block neither the result, nor the sigmoid and what that is multiplied with and gives.
