@@ -65,7 +65,7 @@ def outputs(
     asked = [jnp.repeat(x, rows // batch, 0) for x in (prompts, prompt_attended)]
     said = [flat(responses), flat(attended)]
     whole_rows = [jnp.concatenate(x, 1)[:, :-1] for x in zip(asked, said, strict=True)]
-    return trunk.hidden(params, *whole_rows)[:, start - 1 :]
+    return trunk.hidden(params, *whole_rows, since=start - 1)
 
   def flat(values: Array) -> Array:
     # In this order XLA knows rows again that come as other shapes (`setups.one_program`).

@@ -50,8 +50,8 @@ def test_nothing_is_chosen_where_there_is_one_bucket_or_a_length():
 def watched(model, see):
   """The model, each of its forwards times see(responses to a prompt, tokens of a response run)."""
 
-  def hidden(params, tokens, attended):
-    return model.hidden(params, tokens, attended) * see(1, tokens.shape[1] - PROMPT)
+  def hidden(params, tokens, attended, since=0):
+    return model.hidden(params, tokens, attended, since) * see(1, tokens.shape[1] - PROMPT)
 
   def branches(params, prompts, prompt_attended, tokens, attended):
     return model.branches(params, prompts, prompt_attended, tokens, attended) * see(

@@ -155,9 +155,9 @@ def test_a_model_is_asked_only_for_the_states_that_are_needed():
   # Of a row of P + T tokens the last predicts nothing that is asked for.
   widths = []
 
-  def hidden(params, tokens, attended):
+  def hidden(params, tokens, attended, since=0):
     widths.append(tokens.shape)
-    return MODEL.hidden(params, tokens, attended)
+    return MODEL.hidden(params, tokens, attended, since)
 
   def branches(params, prompts, prompt_attended, tokens, attended):
     widths.append((prompts.shape, tokens.shape))

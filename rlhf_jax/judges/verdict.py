@@ -42,8 +42,8 @@ def from_checkpoint(
 
   @jax.jit
   def mean(params: Params, tokens: Array, attended: Array) -> Array:
-    last = model.hidden(params, tokens, attended)[:, -1]  # padded on the left
-    logits = model.head(params, last).astype(jnp.float32)
+    last = model.hidden(params, tokens, attended, since=tokens.shape[1] - 1)  # padded on the left
+    logits = model.head(params, last[:, 0]).astype(jnp.float32)
     return jax.nn.softmax(logits[:, ids], -1) @ values
 
   score = reward_model.scorer(mean, params, tokenizer.prompt, context=config.context, batch=batch)

@@ -18,7 +18,8 @@ class LanguageModel(NamedTuple):
   """
 
   init: Callable[[Array], Params]  # key -> parameters
-  hidden: Callable[[Params, Array, Array], Array]  # (params, i32[R,S], bool[R,S]) -> f[R,S,D]
+  hidden: Callable[..., Array]
+  # (params, i32[R,S], bool[R,S], since=0) -> f[R,S-since,D]: the states from `since` on
   head: Callable[[Params, Array], Array]  # (params, f[..., D]) -> logits f[..., V]
   prefill: Callable[[Params, Array, Array], tuple[Array, Any]]
   # (params, i32[B,P], bool[B,P]) -> (f[B,D] of the last prompt token, prefix shared by K responses)

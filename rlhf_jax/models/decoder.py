@@ -39,8 +39,8 @@ from rlhf_jax.types import Array, Params
 
 GROUPS = 'groups'  # of parameters: the layers as `depth.walk` reads them
 
-# query f[B, H, K, G, E], key and value f[B, H, K, E]
-#   -> mixed f[B, H, K, G, E], (keys, values) to keep
+# query f[B, H, Q, G, E], key and value f[B, H, K, E]; the queries are those of the last Q
+#   -> mixed f[B, H, Q, G, E], (keys, values) to keep
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, tuple[jax.Array, jax.Array]]]
 
 
@@ -223,7 +223,9 @@ class Layer(nn.Module):
     x: Float[Array, '... D'],
     turn: Turn | None,
     attend: Attend,
+    since: int = 0,
   ) -> tuple[Float[Array, '... D'], tuple[Array, Array]]:
+    """What leaves the layer, of tokens from `since` on, and (keys, values) of all."""
     config = self.config
 
     def norm(name: str, inputs: Array) -> Array:
@@ -235,7 +237,8 @@ class Layer(nn.Module):
     def after(name: str, added: Array) -> Array:
       return norm(name, added) if config.post_norms else added
 
-    mixed, memory = self._attention(before('attention_norm', x), turn, attend)
+    mixed, memory = self._attention(before('attention_norm', x), turn, attend, since)
+    x = x[:, since:]
     attended = x + after('attention_post_norm', mixed)
     inputs = before('mlp_norm', x if config.parallel else attended)
     return attended + after('mlp_post_norm', self._mlp(inputs)), memory
@@ -278,18 +281,18 @@ class Layer(nn.Module):
     return norm(parts).reshape(shape)
 
   def _attention(
-    self, inputs: Array, turn: Turn | None, attend: Attend
+    self, inputs: Array, turn: Turn | None, attend: Attend, since: int
   ) -> tuple[Array, tuple[Array, Array]]:
-    config = self.config
-    query = self._heads(config.heads, 'query', inputs, normed=True)
+    config, asking = self.config, inputs[:, since:]
+    query = self._heads(config.heads, 'query', asking, normed=True)
     key = self._heads(config.kv_heads, 'key', inputs, normed=True)
     value = self._heads(config.kv_heads, 'value', inputs, normed=False)
     if turn is not None:
-      query, key = rotate(query, *turn), rotate(key, *turn)
+      query, key = rotate(query, *(part[:, since:] for part in turn)), rotate(key, *turn)
     groups = config.heads // config.kv_heads
     query = query.reshape(*query.shape[:-2], config.kv_heads, groups, config.head_dim)
     mixed, memory = attend(*(part.swapaxes(1, 2) for part in (query, key, value)))
-    mixed = mixed.swapaxes(1, 2).reshape(*inputs.shape[:-1], config.heads * config.head_dim)
+    mixed = mixed.swapaxes(1, 2).reshape(*asking.shape[:-1], config.heads * config.head_dim)
     return self._dense(config.width, config.output_bias, 'output', mixed), memory
 
   def _mlp(self, inputs: Array) -> Array:
@@ -430,7 +433,11 @@ class Decoder(nn.Module):
       if kernel == 'cudnn':
         return fused.cudnn(seen, scale)
       mask = seen[:, None, :, None, :]
-      return lambda query, key, value: self._attend(query, [Source(key, value, mask)])
+
+      def mix(query: Array, key: Array, value: Array) -> Array:
+        return self._attend(query, [Source(key, value, mask[:, :, -query.shape[2] :])])
+
+      return mix
 
     def over(mix: fused.Mix) -> Attend:
       return lambda query, key, value: (mix(query, key, value), (key, value))
@@ -446,12 +453,13 @@ class Decoder(nn.Module):
     layer: Callable[[Callable, Any, Array, Any], tuple[Array, Any]],
     memory: Sequence[Any] | None = None,
     *,
+    kinds: Sequence[Any] | None = None,
     remat: str = 'none',
   ) -> tuple[Array, list[Any]]:
     """`depth.walk` with layer(own, beside, x, memory) -> (x, kept), where own(x, *...) runs one
     layer with its parameters, and `beside` is what is given for its kind."""
     config = self.config
-    kinds = kinds_of(config)
+    kinds = kinds_of(config) if kinds is None else kinds
     beside = dict(zip(kinds, given, strict=True))
     one = Layer(config, self.dtype, self.flat, parent=None)
 
@@ -465,25 +473,44 @@ class Decoder(nn.Module):
     return depth.walk(run, x, groups, kinds, memory, remat=remat, scan=self.scan)
 
   def _trunk(
-    self, x: Array, given: Sequence[Any], *, remat: str = 'none', keeps: bool = False
+    self,
+    x: Array,
+    given: Sequence[Any],
+    *,
+    since: int,
+    remat: str = 'none',
+    kernel: str = 'xla',
+    keeps: bool = False,
   ) -> tuple[Array, list[Any]]:
-    """Every layer, over what `_rows` gives. -> f[R, S, D] before the last norm, and where it
-    `keeps` them (keys, values) of each."""
+    """Every layer, over what `_rows` gives. -> f[R, S - since, D] before the last norm, and where
+    it `keeps` them (keys, values) of each.
+
+    Of tokens before `since` the last layer has nothing but keys and values to make, if it is not
+    in a loop with others, and its kernel lets some of the rows ask.
+    """
+    kinds, trims = kinds_of(self.config), not self.scan and kernel == 'xla'
+    if trims:
+      kinds, given = [*kinds[:-1], 'last'], [*given[:-1], (*given[-1], since)]
 
     def layer(own: Callable, beside: Any, x: Array, _: Any) -> tuple[Array, Any]:
       x, kept = own(x, *beside)
       return sharding.constrain_batch(x, self.layout), kept if keeps else ()
 
-    return self._walk(x, given, layer, remat=remat)
+    x, kept = self._walk(x, given, layer, kinds=kinds, remat=remat)
+    return x if trims else x[:, since:], kept
 
-  def hidden(self, tokens: Int[Array, 'R S'], attended: Mask) -> Float[Array, 'R S D']:
-    """The state after each token. Unattended positions are finite and mean nothing."""
+  def hidden(
+    self, tokens: Int[Array, 'R S'], attended: Mask, since: int = 0
+  ) -> Float[Array, 'R S-since D']:
+    """The state after each token from `since` on. Unattended positions are finite and mean
+    nothing."""
     if self.is_initializing():  # the parameters are made by the layers themselves
       x, given = self._rows(tokens, attended)
       for layer, beside in zip(self.layers, given, strict=True):
         x, _ = layer(x, *beside)
       return self.norm(x)
-    return self.norm(self._trunk(*self._rows(tokens, attended, self.kernel), remat=self.remat)[0])
+    given = self._rows(tokens, attended, self.kernel)
+    return self.norm(self._trunk(*given, since=since, remat=self.remat, kernel=self.kernel)[0])
 
   def branches(
     self,
@@ -520,12 +547,13 @@ class Decoder(nn.Module):
     def over(masks: tuple[Array, ...]) -> Attend:
       def attend(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
         def parted(x: Array) -> tuple[Array, Array]:
-          return x[:, :, :start], x[:, :, start:]
+          at = x.shape[2] - count * length  # not `start`: of a prompt the last layer asks but once
+          return x[:, :, :at], x[:, :, at:]
 
         (asking, saying), (key, more), (value, worth) = map(parted, (query, key, value))
         more, worth = (x.reshape(*x.shape[:2], count, length, -1) for x in (more, worth))
         folded = saying.reshape(*more.shape[:3], length * groups, -1)
-        first = self._attend(asking, [Source(key, value, masks[0])])
+        first = self._attend(asking, [Source(key, value, masks[0][:, :, -asking.shape[2] :])])
         sources = [Source(key, value, masks[1]), Source(more, worth, masks[2])]
         then = self._attend(folded, sources).reshape(saying.shape)
         return jnp.concatenate([first, then], 2), (key, value)  # which nobody reads again
@@ -538,7 +566,7 @@ class Decoder(nn.Module):
     turns = self._turns(positions, start + length)
     given = list(zip(turns, map(over, self._masks(within)), strict=True))
 
-    x = self._trunk(x, given, remat=self.remat)[0][:, start - 1 :]
+    x, _ = self._trunk(x, given, since=start - 1, remat=self.remat)
     first, then = x[:, :1], x[:, 1:].reshape(batch, count, length, -1)
     first = jnp.broadcast_to(first[:, None], (batch, count, *first.shape[1:]))
     return self.norm(jnp.concatenate([first, then], 2))
@@ -554,10 +582,10 @@ class Decoder(nn.Module):
     self, tokens: Int[Array, 'B P'], attended: Bool[Array, 'B P']
   ) -> tuple[Float[Array, 'B D'], Prefix]:
     """Left-padded prompts, once. -> (the state after the last token, the prefix)."""
-    x, memory = self._trunk(*self._rows(tokens, attended), keeps=True)
+    x, memory = self._trunk(*self._rows(tokens, attended), since=tokens.shape[1] - 1, keeps=True)
     keys, values = zip(*memory, strict=True)
     lengths = attended.sum(axis=1, dtype=jnp.int32)
-    return self.norm(x[:, -1]), Prefix(keys, values, attended, lengths)
+    return self.norm(x[:, 0]), Prefix(keys, values, attended, lengths)
 
   def step(
     self, token: Int[Array, 'B K'], index: Int[Array, ''], prefix: Prefix, cache: Cache
@@ -750,7 +778,9 @@ def decoder(
 
   return LanguageModel(
     init=init,
-    hidden=lambda params, tokens, attended: apply('hidden', params, tokens, attended),
+    hidden=lambda params, tokens, attended, since=0: apply(
+      'hidden', params, tokens, attended, since
+    ),
     branches=(lambda params, *rows: apply('branches', params, *rows)) if kernel == 'xla' else None,
     head=lambda params, hidden: apply('head', params, hidden),
     prefill=lambda params, tokens, attended: apply('prefill', params, tokens, attended),

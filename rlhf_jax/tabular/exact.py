@@ -83,7 +83,7 @@ def _law(
   )
 
   def full(name: str) -> Array:
-    hidden = model.hidden(params[name], sequence, attended)[:, prompts.shape[1] - 1 :]
+    hidden = model.hidden(params[name], sequence, attended, since=prompts.shape[1] - 1)
     logp = logprobs.log_softmax(model.head(params[name], hidden), temperature)
     return logp.reshape(batch, actions, length, -1)
 

@@ -73,7 +73,7 @@ def table(
         rows[offsets[d] + g * base**d :][: base**d] = logits
     return {'table': jnp.asarray(rows, dtype)}
 
-  def hidden(params: Params, tokens: Array, attended: Array) -> Array:
+  def hidden(params: Params, tokens: Array, attended: Array, since: int = 0) -> Array:
     del params
     position = jnp.cumsum(attended, -1) - 1
     game = jnp.sum(jnp.where(attended & (position == 0), tokens, 0), -1, keepdims=True)
@@ -81,7 +81,7 @@ def table(
     for d in range(1, depth):  # digits seen up to and including each position
       digit = jnp.sum(jnp.where(attended & (position == d), tokens, 0), -1, keepdims=True)
       digits = jnp.where(position >= d, digits * base + digit, digits)
-    return code(context(game, digits, position))
+    return code(context(game, digits, position)[:, since:])
 
   def prefill(params: Params, tokens: Array, attended: Array) -> tuple[Array, Array]:
     game = jnp.sum(jnp.where(attended, tokens, 0), -1)

@@ -1,9 +1,12 @@
 """What XLA on CPU makes of the full forward: what it holds, and what it computes once."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments import costs
 from rlhf_jax.models import decoder as decoders
 from rlhf_jax.models import depth
 
@@ -37,6 +40,21 @@ def test_of_a_gated_product_the_factors_alone_are_held(monkeypatch):
   assert found.memory_analysis().temp_size_in_bytes < more - 9 * WIDE  # of 4 layers
   # Of each angle once, and not for every head of every layer.
   assert found.as_text().count(' cosine(') == 1
+
+
+def test_of_tokens_that_nobody_asks_for_the_last_layer_makes_keys_and_values_alone():
+  model, (rows, length) = decoders.decoder(CONFIG), ROWS.shape
+  params = jax.eval_shape(model.init, jax.random.key(0))
+
+  def flops(function):
+    return sum(costs.products(jax.make_jaxpr(function)(params, ROWS, ROWS == 0), most=1).values())
+
+  heads = CONFIG.heads * CONFIG.head_dim
+  gated = 3 * CONFIG.width * CONFIG.mlp_width
+  token = 2 * (2 * CONFIG.width * heads + 2 * length * heads + gated)  # besides keys and values
+  whole = flops(model.hidden)
+  assert whole - flops(functools.partial(model.hidden, since=20)) == rows * 20 * token
+  assert whole - flops(model.prefill) == rows * (length - 1) * token
 
 
 def test_what_is_made_again_has_the_same_gradient():

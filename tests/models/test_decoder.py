@@ -69,8 +69,9 @@ def built(name, dtype=jnp.float32):
   """A compiled model and parameters large enough for peaked, position-dependent answers."""
   model = decoders.decoder(CONFIGS[name], dtype)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
-  parts = 'hidden', 'branches', 'head', 'prefill', 'step'
+  parts = 'branches', 'head', 'prefill', 'step'
   compiled = {part: jax.jit(getattr(model, part)) for part in parts}
+  compiled['hidden'] = jax.jit(model.hidden, static_argnames='since')
   model = model._replace(**compiled)
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda leaf: (0.4 * rng.normal(size=leaf.shape)).astype(leaf.dtype), shapes)
@@ -167,6 +168,14 @@ def test_a_prompt_read_once_changes_no_state(name):
   read = np.concatenate([np.ones((3, 4, 1), bool), said], 2)
   np.testing.assert_allclose(states[read], full[read], atol=1e-5 * np.abs(full).max())
   assert np.isfinite(states).all()
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_states_from_a_token_on_are_those_of_all(name):
+  model, params = built(name)
+  tokens, attended = prompts(np.random.default_rng(9), [8, 5, 2], 8)
+  late = np.asarray(model.hidden(params, tokens, attended, since=3))
+  np.testing.assert_allclose(late, model.hidden(params, tokens, attended)[:, 3:], atol=1e-5)
 
 
 @pytest.mark.parametrize('name', CONFIGS)

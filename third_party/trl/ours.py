@@ -45,9 +45,9 @@ class Rows:
     branches = model.branches
     assert branches is not None
 
-    def hidden(params: Params, tokens: Array, attended: Array) -> Array:
+    def hidden(params: Params, tokens: Array, attended: Array, since: int = 0) -> Array:
       self.scored += tokens.shape[0] * (not self.training)
-      return model.hidden(params, tokens, attended)
+      return model.hidden(params, tokens, attended, since)
 
     def several(params: Params, prompts: Array, asked: Array, tokens: Array, said: Array) -> Array:
       self.scored += tokens[..., 0].size * (not self.training)
