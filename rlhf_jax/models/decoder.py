@@ -509,8 +509,9 @@ class Decoder(nn.Module):
       for layer, beside in zip(self.layers, given, strict=True):
         x, _ = layer(x, *beside)
       return self.norm(x)
-    given = self._rows(tokens, attended, self.kernel)
-    return self.norm(self._trunk(*given, since=since, remat=self.remat, kernel=self.kernel)[0])
+    x, given = self._rows(tokens, attended, self.kernel)
+    x, _ = self._trunk(x, given, since=since, remat=self.remat, kernel=self.kernel)
+    return self.norm(x)
 
   def branches(
     self,

@@ -161,7 +161,8 @@ def specification(name: str, size: Size, config: ConfigDict, folder: Path) -> di
     'mixture': 0.125,
     'optimism': 1e-5,
     'learning_rate': 1e-6,
-    'rounds': config.repeats + 3,
+    'timed': config.repeats + 2,
+    'rounds': config.repeats + 4,
     'seed': 0,
     'dtype': config.dtype,
     'device': config.device,
@@ -224,7 +225,7 @@ def compare(name: str, size: Size, config: ConfigDict, python: Path, folder: Pat
     for variant in variants:
       told, called = {**spec, 'variant': variant}, f'{name}.trl.{variant}'
       sides.append(Side([str(python), str(HERE / 'peer.py')], told, folder, called, theirs))
-    for _ in range(config.repeats + 2):
+    for _ in range(spec['timed'] + 1):
       for side in sides:
         side.round()
   finally:
@@ -257,14 +258,16 @@ def mixture_errors(python: Path, release: Path) -> dict[str, float]:
 
 
 def summary(side: Side) -> dict[str, Any]:
-  """Medians over the timed rounds, and the counts of the last one."""
-  timed = side.rounds[2:]
+  """Medians over the timed rounds, the counts of the last one, and the memory of one behind them:
+  what was given back before it has broken up the huge pages that a run keeps."""
+  timed, freed = side.rounds[2:-1], side.rounds[-1]
   seconds = [one['seconds'] for one in timed]
   decoding = statistics.median(one['decode_seconds'] for one in timed)
   last = timed[-1]
   return {
-    **{key: last[key] for key in ('tokens', 'scored', 'trained', 'resident')},
+    **{key: last[key] for key in ('tokens', 'scored', 'trained')},
     **{key: side.first[key] for key in ('versions', 'mean_logp', 'threads')},
+    'resident': freed['resident'],
     'resident_first': side.rounds[0]['resident'],
     'optimiser_steps': (last['steps'] - side.rounds[1]['steps']) / len(timed),
     'seconds': statistics.median(seconds),
