@@ -84,7 +84,7 @@ def test_a_table_is_made(command, tmp_path):
 @pytest.mark.usefixtures('quickly_compiled')
 def test_devices_have_processes_of_their_own(command, tmp_path):
   flags = '--config.size=tiny', '--config.axes=devices', '--config.devices=1,2'
-  done = command('growth', *flags, '--config.sequences=4', f'--config.output={tmp_path}')
+  done = command('growth', *flags, '--config.sequences=8', f'--config.output={tmp_path}')
   assert done.code == 0, done.err
   one, two = json.loads((tmp_path / 'growth.json').read_text())['axes']['devices']['points']
   assert two['value'] == 2 and (tmp_path / 'devices_2' / 'growth.md').exists()
