@@ -425,7 +425,7 @@ def test_processes_share_a_cache(tmp_path):
   words = [sys.executable, '-c', KEEPS, str(path), str(stop)]
   other = subprocess.Popen(words, env=os.environ | {'PYTHONPATH': str(ROOT)})
   with bought.opened(path) as store:
-    while store.find('theirs-0') is None:
+    while store.find('theirs-1') is None:
       assert other.poll() is None
       time.sleep(0.01)
     for n in range(5):
