@@ -140,7 +140,8 @@ def learner(
       opt_state = sharding.to_device(opt_state)
     norm = optax.tree.norm(gradients)
     bad = _first_bad(params, gradients, metrics['learner/loss'], norm)
-    taken = (total > 0) & (bad < 0) if skips else total > 0
+    # By `bad` in either case: XLA keeps a copy of what is looked at, if not known to be before.
+    taken = (total > 0) & (bad < (0 if skips else jnp.iinfo(bad.dtype).max))
     updates, moved = optimizer.update(gradients, opt_state, params)
     params, opt_state = jax.tree.map(
       lambda new, old: jnp.where(taken, new, old),
@@ -225,8 +226,11 @@ def _by_length(examples: Examples) -> Examples:
 
 
 def _first_bad(*trees: Params) -> Array:
-  """Which leaf of the trees is the first that holds a number that is not finite; -1: none."""
-  good = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(trees)])
+  """Which leaf of the trees is the first with a number, or a sum of all, not finite; -1: none.
+
+  The sum is one pass, and finite only where all are.
+  """
+  good = jnp.stack([jnp.isfinite(jnp.sum(leaf)) for leaf in jax.tree.leaves(trees)])
   return jnp.where(jnp.all(good), -1, jnp.argmin(good))
 
 

@@ -190,7 +190,8 @@ def test_small_parameters_are_not_split_nor_large_ones_for_few_rows():
 
 @pytest.mark.parametrize('scan', [False, True])
 def test_large_matrices_are_transposed_and_draws_stay(scan, monkeypatch):
-  untied = decoders.decoder(decoders.tiny(V, layers=2, tied=False, qkv_bias=True), scan=scan)
+  config = decoders.tiny(V, layers=2, tied=False, qkv_bias=True, mlp_bias=True)
+  untied = decoders.decoder(config, scan=scan)
   rng, seen = np.random.default_rng(0), []
   shapes = jax.eval_shape(untied.init, KEYS[0])
   params = jax.tree.map(lambda x: (0.4 * rng.normal(size=x.shape)).astype(x.dtype), shapes)

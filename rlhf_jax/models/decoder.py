@@ -308,11 +308,25 @@ class Layer(nn.Module):
       return depth.product_made_again(between, product)(kernel, *wide)
 
     names = ('up', 'gate') if config.gated else ('up',)
+    if self._in_columns(*names, 'down'):
+      wide = [self._column(name, flattened(inputs).T) for name in names]
+      return self._column('down', between(*wide)).T.reshape(inputs.shape)
     wide = [self._dense(config.mlp_width, config.mlp_bias, name, inputs) for name in names]
     rows = depth.made_again(between)(*wide)
     # Beside adapters a kernel has no gradient, which a rule of its own would trace all the same.
     learnt = not any(name.endswith('_lora') for name in self.variables.get('params', {}))
     return self._dense(config.width, config.mlp_bias, 'down', rows, down if learnt else None)
+
+  def _in_columns(self, *names: str) -> bool:
+    """Whether these are kept transposed and alone, so that nothing between them is turned."""
+    held: Any = self.variables.get('params', {})
+    kept = all(n in held and isinstance(held[n]['kernel'], matrices.Transposed) for n in names)
+    return kept and not any(f'{name}_lora' in held for name in names)
+
+  def _column(self, name: str, inputs: Float[Array, 'in N']) -> Float[Array, 'out N']:
+    own: Any = self.get_variable('params', name)
+    out = matrices.columns(inputs, own['kernel'], self.dtype, precision.of(self.dtype))
+    return (out + own['bias'][:, None] if 'bias' in own else out).astype(self.dtype)
 
 
 def turned(angles: Float[Array, '... half'], factor: float = 1.0) -> Turn:

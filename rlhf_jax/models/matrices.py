@@ -44,12 +44,20 @@ def product(
 
   Eight bits are exact in any `dtype`; their scale is applied to the product.
   """
+  if isinstance(kernel, Transposed):
+    return columns(x.T, kernel, dtype, exact).T
   ways = {'precision': exact, 'preferred_element_type': precision.wide(dtype)}
   x = x.astype(dtype)
-  if isinstance(kernel, Transposed):
-    out = jax.lax.dot_general(kernel.values.astype(dtype), x, (((1,), (1,)), ((), ())), **ways)
-    # Without the barrier XLA would turn the product around again.
-    return jax.lax.optimization_barrier(out).T
   if isinstance(kernel, int8.Int8):
     return jnp.dot(x, kernel.values.astype(dtype), **ways) * kernel.scale
   return jnp.dot(x, kernel.astype(dtype), **ways)
+
+
+def columns(
+  inputs: Float[Array, 'in rows'], kernel: Transposed, dtype: Any, exact: Any
+) -> Float[Array, 'out rows']:
+  """Wᵀ xᵀ of `inputs` xᵀ, as `product` makes x W."""
+  ways = {'precision': exact, 'preferred_element_type': precision.wide(dtype)}
+  out = jnp.dot(kernel.values.astype(dtype), inputs.astype(dtype), **ways)
+  # Without the barrier XLA would turn the product around again.
+  return jax.lax.optimization_barrier(out)

@@ -12,15 +12,10 @@ from jaxtyping import Array, Float, Int
 SLICE_ELEMENTS = 2**24
 
 
-def scaled(logits: Float[Array, '*lead V'], temperature: Array) -> Float[Array, '*lead V']:
-  """logits / temperature, in float32 at least."""
-  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-  return logits / temperature.astype(logits.dtype)
-
-
 def log_softmax(logits: Float[Array, '*lead V'], temperature: Array) -> Float[Array, '*lead V']:
   """log softmax(logits / temperature), in float32 at least."""
-  return jax.nn.log_softmax(scaled(logits, temperature), -1)
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  return jax.nn.log_softmax(logits / temperature.astype(logits.dtype), -1)
 
 
 def mixture(
@@ -35,16 +30,18 @@ def mixture(
   return jax.nn.log_softmax(total, -1)
 
 
-def entropy(logp: Float[Array, '*lead V']) -> Float[Array, '*lead']:
-  """−Σ p log p in nats. Tokens of probability 0 add nothing."""
-  p = jnp.exp(logp)
-  return -jnp.sum(jnp.where(p > 0, p * logp, 0), -1)
+def _parts(
+  logits: Float[Array, '*lead V'], temperature: Array | float
+) -> tuple[Float[Array, '*lead V'], Float[Array, '*lead V'], Float[Array, '*lead']]:
+  """s = (x − max x) / T, exp s and its sum Z: softmax(x / T) = exp s / Z.
 
-
-def divergence(logp: Float[Array, '*lead V'], other: Float[Array, '*lead V']) -> Array:
-  """KL(p || q) = Σ p (log p − log q) in nats. Tokens of probability 0 under p add nothing."""
-  p = jnp.exp(logp)
-  return jnp.sum(jnp.where(p > 0, p * (logp - other), 0), -1)
+  Divided after the shift: with the product before it XLA on CPU would write T down for each logit.
+  """
+  wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  top = jax.lax.stop_gradient(wide.max(-1, keepdims=True))
+  away = (wide - top) / jnp.asarray(temperature, wide.dtype)
+  mass = jnp.exp(away)
+  return away, mass, mass.sum(-1)
 
 
 def chosen(values: Float[Array, '*lead V'], tokens: Int[Array, '*lead']) -> Float[Array, '*lead']:
@@ -59,41 +56,90 @@ def _is_token(values: Array, tokens: Array) -> Array:
 
 @jax.custom_vjp
 def of_tokens(
-  logits: Float[Array, '*lead V'], tokens: Int[Array, '*lead']
+  logits: Float[Array, '*lead V'], tokens: Int[Array, '*lead'], temperature: Array | float = 1.0
 ) -> tuple[Float[Array, '*lead'], Float[Array, '*lead']]:
-  """log π(a) and the entropy H of π = softmax(logits), in nats, for one pass in either direction.
+  """log π(a) and the entropy H of π = softmax(logits / T), in nats, for one pass either way.
 
-    ∂ log π(a) / ∂ logits_v = 1[v = a] − π(v),  ∂H / ∂ logits_v = −π(v) (log π(v) + H)
+    T ∂ log π(a) / ∂ logits_v = 1[v = a] − π(v),  T ∂H / ∂ logits_v = −π(v) (log π(v) + H)
 
-  What `jax.nn.log_softmax` and `entropy` give, of which the derivatives would hold an array as wide
-  as the logits for each step of theirs; this one holds the logits. Tokens of probability 0 add
-  nothing.
+  What `jax.nn.log_softmax` and −Σ π log π give, of which the derivatives would hold an array as
+  wide as the logits for each step of theirs; this one holds the logits. Tokens of probability 0 add
+  nothing. The temperature has no gradient.
   """
-  found, _ = _of_tokens_forward(logits, tokens)
+  found, _ = _of_tokens_forward(logits, tokens, temperature)
   return found
 
 
-def _of_tokens_forward(logits: Array, tokens: Array) -> tuple[tuple[Array, Array], Any]:
-  top = logits.max(-1)
-  away = logits - top[..., None]
-  mass = jnp.exp(away)
-  total = mass.sum(-1)
+def _of_tokens_forward(
+  logits: Array, tokens: Array, temperature: Array | float
+) -> tuple[tuple[Array, Array], Any]:
+  away, mass, total = _parts(logits, temperature)
   normalizer = jnp.log(total)
   spread = normalizer - jnp.sum(jnp.where(mass > 0, mass * away, 0), -1) / total
   logp = chosen(away, tokens) - normalizer
-  return (logp, spread), (logits, tokens, top, normalizer, spread)
+  return (logp, spread), (logits, tokens, temperature, normalizer, spread)
 
 
-def _of_tokens_backward(kept: Any, slopes: tuple[Array, Array]) -> tuple[Array, None]:
-  logits, tokens, top, normalizer, spread = kept
+def _of_tokens_backward(kept: Any, slopes: tuple[Array, Array]) -> tuple[Array, None, None]:
+  logits, tokens, temperature, normalizer, spread = kept
   of_chosen, of_spread = (slope[..., None] for slope in slopes)
-  logp = (logits - top[..., None]) - normalizer[..., None]  # as forward: Σ_v of the slope is 0
+  away, *_ = _parts(logits, temperature)
+  logp = away - normalizer[..., None]  # as forward: Σ_v of the slope is 0
   p = jnp.exp(logp)
   pulled = jnp.where(p > 0, p * (of_chosen + of_spread * (logp + spread[..., None])), 0)
-  return jnp.where(_is_token(logits, tokens), of_chosen, 0) - pulled, None
+  slope = jnp.where(_is_token(logits, tokens), of_chosen, 0) - pulled
+  return (slope / jnp.asarray(temperature, slope.dtype)).astype(logits.dtype), None, None
 
 
 of_tokens.defvjp(_of_tokens_forward, _of_tokens_backward)
+
+
+@jax.custom_vjp
+def against(
+  logits: Float[Array, '*lead V'],
+  other: Float[Array, '*lead V'],
+  tokens: Int[Array, '*lead'],
+  temperature: Array | float = 1.0,
+) -> tuple[Array, Array, Array, Array]:
+  """log π(a), the entropy of π, KL(π || μ) and log μ(a), in nats, of the softmaxes π and μ.
+
+    KL = Σ π (s − r) − log Z + log Z_μ,  π = exp s / Z,  μ = exp r / Z_μ
+    T ∂KL / ∂ logits_v = π(v) (log π(v) − log μ(v) − KL),  T ∂KL / ∂ other_v = μ(v) − π(v)
+
+  The first two as `of_tokens` makes them, and with it both arrays of logits alone are held. The KL
+  is exactly 0 for equal logits. Tokens of probability 0 under π add nothing to it.
+  """
+  found, _ = _against_forward(logits, other, tokens, temperature)
+  return found
+
+
+def _against_forward(
+  logits: Array, other: Array, tokens: Array, temperature: Array | float
+) -> tuple[tuple[Array, Array, Array, Array], Any]:
+  (logp, spread), (*_, normalizer, _) = _of_tokens_forward(logits, tokens, temperature)
+  (away, mass, total), (theirs, _, whole) = (_parts(x, temperature) for x in (logits, other))
+  another = jnp.log(whole)
+  apart = jnp.sum(jnp.where(mass > 0, mass * (away - theirs), 0), -1) / total
+  divergence = apart - normalizer + another
+  found = logp, spread, divergence, chosen(theirs, tokens) - another
+  return found, (logits, other, tokens, temperature, normalizer, another, spread, divergence)
+
+
+def _against_backward(kept: Any, slopes: tuple[Array, ...]) -> tuple[Array, Array, None, None]:
+  logits, other, tokens, temperature, normalizer, another, *rest = kept
+  spread, divergence = (x[..., None] for x in rest)
+  of_chosen, of_spread, of_divergence, of_theirs = (slope[..., None] for slope in slopes)
+  logp = _parts(logits, temperature)[0] - normalizer[..., None]
+  theirs = _parts(other, temperature)[0] - another[..., None]
+  p, q, own = jnp.exp(logp), jnp.exp(theirs), _is_token(logits, tokens)
+  pull = of_chosen + of_spread * (logp + spread) - of_divergence * (logp - theirs - divergence)
+  slope = jnp.where(own, of_chosen, 0) - jnp.where(p > 0, p * pull, 0)
+  back = jnp.where(own, of_theirs, 0) - of_theirs * q + of_divergence * (q - p)
+  slope, back = (x / jnp.asarray(temperature, x.dtype) for x in (slope, back))
+  return slope.astype(logits.dtype), back.astype(other.dtype), None, None
+
+
+against.defvjp(_against_forward, _against_backward)
 
 
 def row_groups(rows: int, vocab_size: int, slice_elements: int) -> int:
@@ -141,15 +187,12 @@ def token_statistics(
 
   def one(part: tuple) -> tuple[Array, Array | None, Array | None, Array | None]:
     state, token, other = jax.tree.map(keep, part)
-
-    logits = scaled(head(state), temperature)
     if reference is None:
-      logp, of_law = of_tokens(logits, token)
-      return logp, of_law if entropies else None, None, None
-    theirs = log_softmax(reference[0](other), temperature)
-    law = jax.nn.log_softmax(logits, -1)
-    spread = entropy(law) if entropies else None
-    return chosen(law, token), spread, divergence(law, theirs), chosen(theirs, token)
+      logp, spread = of_tokens(head(state), token, temperature)
+      return logp, spread if entropies else None, None, None
+    both = head(state), reference[0](other)
+    logp, spread, divergence, theirs = against(*both, token, temperature)
+    return logp, spread if entropies else None, divergence, theirs
 
   parts = (sliced(hidden), sliced(tokens), None if reference is None else sliced(reference[1]))
   if slices == 1:

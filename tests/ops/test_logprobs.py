@@ -36,43 +36,71 @@ def test_log_softmax_is_never_narrower_than_float32():
   assert logprobs.log_softmax(jnp.ones(3, jnp.bfloat16), ONE).dtype == jnp.float32
 
 
+def entropy(logits):
+  return logprobs.of_tokens(logits, jnp.int32(0))[1]
+
+
 def test_entropy_by_hand():
   expected = 0.25 * math.log(4) + 0.75 * math.log(4 / 3)
-  assert_close(logprobs.entropy(log_law(0.25, 0.75)), expected)
-  assert_close(logprobs.entropy(log_law(0.25, 0.0, 0.75)), expected)  # 0 log 0 = 0
-  assert_close(logprobs.entropy(log_law(1.0, 0.0)), 0.0)
+  assert_close(entropy(log_law(0.25, 0.75)), expected)
+  assert_close(entropy(log_law(0.25, 0.0, 0.75)), expected)  # 0 log 0 = 0
+  assert_close(entropy(log_law(1.0, 0.0)), 0.0)
+
+
+def divergence(logits, other, temperature=ONE):
+  tokens = jnp.zeros(logits.shape[:-1], jnp.int32)
+  return logprobs.against(logits, other, tokens, temperature)[2]
 
 
 def test_divergence_by_hand():
   # ½ log 2 + ½ log ⅔ = ½ log 4/3
   expected = 0.5 * math.log(4 / 3)
-  assert_close(logprobs.divergence(log_law(0.5, 0.5), log_law(0.25, 0.75)), expected)
+  assert_close(divergence(log_law(0.5, 0.5), log_law(0.25, 0.75)), expected)
   both = log_law(0.5, 0.0, 0.5), log_law(0.25, 0.0, 0.75)  # −inf less −inf is not a number
-  assert_close(logprobs.divergence(*both), expected)
-  assert logprobs.divergence(log_law(0.5, 0.5), log_law(0.0, 1.0)) == np.inf
+  assert_close(divergence(*both), expected)
+  assert divergence(log_law(0.5, 0.5), log_law(0.0, 1.0)) == np.inf
+  # Halving the temperature squares the odds: 1 to 1, and 1 to 9.
+  squared = divergence(log_law(0.5, 0.5), log_law(0.25, 0.75), ONE / 2)
+  assert_close(squared, 0.5 * math.log(5) + 0.5 * math.log(5 / 9))
 
 
-def test_tokens_have_the_log_prob_and_entropy_of_their_law_and_its_gradient():
-  logits = 3 * jax.random.normal(jax.random.key(0), (2, 3, 5)) + 1000 * jnp.eye(2, 3)[..., None]
+def test_a_law_is_exactly_as_far_from_itself_as_0():
+  logits = 3 * jax.random.normal(jax.random.key(2), (64, 50))
+  assert np.all(divergence(logits, logits, jnp.float32(0.7)) == 0)
+
+
+@pytest.mark.usefixtures('float64')
+def test_statistics_have_the_values_and_gradients_of_their_plain_forms():
+  logits, other = 3 * jax.random.normal(jax.random.key(0), (2, 2, 3, 5), jnp.float64)
+  logits = logits + 1000 * jnp.eye(2, 3)[..., None]
   logits = logits.at[1, 2, 4].set(-jnp.inf)  # a token that the head has ruled out
-  tokens = jnp.array([[0, 4, 2], [1, 1, 3]])
+  tokens, temperature = jnp.array([[0, 4, 2], [1, 1, 3]]), jnp.float64(0.8)
 
-  def plain(logits):
-    logp = jax.nn.log_softmax(logits, -1)
-    return jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0], logprobs.entropy(logp)
+  def plain(logits, other):
+    logp, theirs = (jax.nn.log_softmax(x / temperature, -1) for x in (logits, other))
+    chosen, known = (jnp.take_along_axis(x, tokens[..., None], -1)[..., 0] for x in (logp, theirs))
+    p = jnp.exp(logp)
+    return chosen, -jnp.sum(p * logp, -1), jnp.sum(p * (logp - theirs), -1), known
 
-  def asked(f, which):
-    return lambda logits: jnp.sum(jnp.cos(f(logits)[which]) * jnp.arange(1.0, 4.0))
+  def alone(logits, _):
+    return logprobs.of_tokens(logits, tokens, temperature)
 
-  def one(logits):
-    return logprobs.of_tokens(logits, tokens)
+  def both(logits, other):
+    return logprobs.against(logits, other, tokens, temperature)
 
-  low = jnp.maximum(logits, -1e4)  # of which the plain form has a gradient
-  for which in (0, 1):
-    assert_close(one(logits)[which], plain(low)[which])
-    expected = jax.grad(asked(plain, which))(low)
-    assert jnp.max(jnp.abs(expected)) > 0.1
-    assert_close(jax.grad(asked(one, which))(logits), expected)
+  def slopes(f, which, *given):
+    def asked(*given):
+      return jnp.sum(jnp.cos(f(*given)[which]) * jnp.arange(1.0, 4.0))
+
+    return jax.grad(asked, (0, 1))(*given)
+
+  low = jnp.maximum(logits, -1e4)  # of which the plain forms have a gradient
+  for fast, which in [(alone, 0), (alone, 1), *((both, n) for n in range(4))]:
+    assert_close(fast(logits, other)[which], plain(low, other)[which], atol=1e-9)
+    expected = slopes(plain, which, low, other)
+    assert max(jnp.max(jnp.abs(x)) for x in expected) > 0.1
+    for one, known in zip(slopes(fast, which, logits, other), expected, strict=True):
+      assert_close(one, known, atol=1e-9)
 
 
 # --- mixtures --------------------------------------------------------------------------------
