@@ -9,8 +9,9 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import actor, scoring, sharding, tokens
 from rlhf_jax.models import depth, fused, heads, huggingface, int8
+from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.base import LanguageModel
-from rlhf_jax.models.decoder import DecoderConfig, decoder
+from rlhf_jax.models.decoder import decoder
 from rlhf_jax.objectives import Objective
 from rlhf_jax.types import Array, Params, Prompts
 

@@ -28,7 +28,7 @@ from experiments import allocation, catalogue, parts, rates
 from experiments.launch import launch
 from rlhf_jax import actor, experience, lanes, learner, loop, metrics, players, setups, sharding
 from rlhf_jax.judges.base import Judge
-from rlhf_jax.models import decoder, int8
+from rlhf_jax.models import architecture, decoder, int8
 from rlhf_jax.models.base import LanguageModel
 from rlhf_jax.objectives import OBJECTIVES
 from rlhf_jax.types import Array, Prompts, Recording
@@ -51,8 +51,8 @@ class Size(NamedTuple):
   remat: str = 'none'
   microbatches: int = 1  # of the learner
 
-  def described(self) -> decoder.DecoderConfig:
-    return decoder.DecoderConfig(
+  def described(self) -> architecture.DecoderConfig:
+    return architecture.DecoderConfig(
       vocab_size=self.vocab,
       width=self.width,
       layers=self.layers,

@@ -98,7 +98,9 @@ AXES = {
     'nash_md',
     lambda size, rows, value: (size._replace(layers=value), rows, 1, 1),
     1,
-    'All but embedding and head is once a layer: from below towards 1, for the compiler too.',
+    'All but embedding and head is once a layer: from below towards 1, for the compiler too. Above '
+    'it, decoding outgrows a cache: the weights and the responses of both models are read at each '
+    'token.',
   ),
   'devices': Axis(
     'devices',

@@ -20,8 +20,8 @@ from ml_collections.config_dict import placeholder
 from experiments import assemble
 from experiments.launch import launch
 from rlhf_jax import experience, learner, optimizers
+from rlhf_jax.models import architecture, heads
 from rlhf_jax.models import decoder as decoders
-from rlhf_jax.models import heads
 from rlhf_jax.objectives import OBJECTIVES, Objective
 from rlhf_jax.ops import logprobs
 from rlhf_jax.types import Array, Examples, Experience, Outputs, Params, Responses
@@ -61,9 +61,9 @@ def get_config(argv: list[str]) -> ConfigDict:
 
 def described(
   vocab: int, length: int, *, width: int = 128, layers: int = 2, heads: int = 4
-) -> decoders.DecoderConfig:
+) -> architecture.DecoderConfig:
   """A small Llama with a tied head."""
-  return decoders.DecoderConfig(
+  return architecture.DecoderConfig(
     vocab_size=vocab,
     width=width,
     layers=layers,
@@ -123,7 +123,7 @@ def examples(model: Any, chosen: Objective, params: Params, length: int) -> Exam
   return jax.eval_shape(chosen.targets, jax.eval_shape(chosen.init), seen)[1]
 
 
-def step(config: decoders.DecoderConfig, dtype: str, remat: str, scan: bool) -> Cost:
+def step(config: architecture.DecoderConfig, dtype: str, remat: str, scan: bool) -> Cost:
   """One compiled optimiser step of AdamW on B · K responses."""
   model = decoders.decoder(config, jnp.dtype(dtype), remat=remat, scan=scan)
   chosen, optimizer = objective(), optimizers.optimizer(learning_rate=1e-4, steps=10)
@@ -137,7 +137,7 @@ def step(config: decoders.DecoderConfig, dtype: str, remat: str, scan: bool) -> 
   return measured(update, params, state, policy, batch, key, shape())
 
 
-def layers(config: decoders.DecoderConfig, remat: str, scan: bool) -> Cost:
+def layers(config: architecture.DecoderConfig, remat: str, scan: bool) -> Cost:
   """The layers' forward and backward alone."""
   model = decoders.decoder(config, remat=remat, scan=scan)
   policy = jax.eval_shape(model.init, jax.random.key(0))

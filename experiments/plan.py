@@ -28,7 +28,7 @@ from experiments import assemble, planned, search, shapes, sheet, targets
 from experiments.launch import launch, objective_name
 from rlhf_jax import sharding
 from rlhf_jax.models import configs, families, huggingface
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.objectives import OBJECTIVES
 from rlhf_jax.reviews import reference
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from experiments import assemble, fragments
 from rlhf_jax import checkpoints, tokens
 from rlhf_jax.models import huggingface, lora
+from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.base import LanguageModel
-from rlhf_jax.models.decoder import DecoderConfig
 from rlhf_jax.reviews import reference
 from rlhf_jax.types import Params
 

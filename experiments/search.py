@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.planned import Plan, Step, Steps
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.architecture import DecoderConfig
 
 ROOM = 0.6  # of a device, for what lies there from round to round: the rest is for the steps
 Changes = dict[str, Any]  # 'learner.microbatches' -> 4

@@ -17,8 +17,8 @@ from rlhf_jax.experience import Judging
 from rlhf_jax.judges import reward_model
 from rlhf_jax.judges.base import Judge
 from rlhf_jax.models import heads, int8, lora
+from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.base import LanguageModel
-from rlhf_jax.models.decoder import DecoderConfig
 from rlhf_jax.objectives import Objective
 from rlhf_jax.types import Params, Prompts, Recording
 

@@ -16,8 +16,8 @@ from rlhf_jax.evaluation import drift, fronts
 from rlhf_jax.evaluation.drift import Drift
 from rlhf_jax.judges.base import Judge
 from rlhf_jax.models import huggingface
+from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.base import LanguageModel
-from rlhf_jax.models.decoder import DecoderConfig
 from rlhf_jax.tokens import Tokenizer
 from rlhf_jax.types import Params, Prompts, Responses, Sampling
 

@@ -23,7 +23,7 @@ from experiments.launch import command, leaves
 from rlhf_jax import metrics, optimizers, preferences, sharding, supervised, survival, tokens
 from rlhf_jax.evaluation import report
 from rlhf_jax.models import depth
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.architecture import DecoderConfig
 
 RUN, RESULT, MODEL = 'run.json', 'result.json', 'model'
 LEAST = {

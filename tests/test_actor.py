@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import actor, players, sharding
+from rlhf_jax.models import architecture
 from rlhf_jax.models import decoder as decoders
 from rlhf_jax.models.base import LanguageModel
 
@@ -37,7 +38,7 @@ def peaked(seed):
 
 @functools.cache
 def transformer():
-  return decoders.decoder(decoders.tiny(V))
+  return decoders.decoder(architecture.tiny(V))
 
 
 def bigram(vocab_size):

@@ -10,6 +10,7 @@ import pytest
 
 from experiments import bench
 from rlhf_jax import learner, loop, scoring, setups, sharding
+from rlhf_jax.models import architecture
 from rlhf_jax.models import decoder as decoders
 from rlhf_jax.objectives.base import REFERENCE_ONLY, Objective, stateless
 from rlhf_jax.types import Examples
@@ -103,7 +104,7 @@ def test_a_round_without_padding_is_the_same_round(name, together):
 
 
 def test_scores_of_a_length_are_those_of_all():
-  model = decoders.decoder(decoders.tiny(SIZE.vocab, layers=1))
+  model = decoders.decoder(architecture.tiny(SIZE.vocab, layers=1))
   random, params = np.random.default_rng(0), model.init(jax.random.key(0))
   prompts = random.integers(0, SIZE.vocab, (4, PROMPT))
   responses = random.integers(0, SIZE.vocab, (4, 2, T))
@@ -158,7 +159,7 @@ def likelihood(outputs, examples):
 LIKELIHOOD = Objective(REFERENCE_ONLY, None, stateless, lambda *_: None, likelihood)  # type: ignore
 
 
-INNER = decoders.decoder(decoders.tiny(SIZE.vocab, layers=1))
+INNER = decoders.decoder(architecture.tiny(SIZE.vocab, layers=1))
 START = INNER.init(jax.random.key(0))
 
 

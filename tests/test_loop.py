@@ -18,6 +18,7 @@ from rlhf_jax.anchors import Every
 from rlhf_jax.experience import Judging
 from rlhf_jax.judges.base import Judge
 from rlhf_jax.learner import Schedule
+from rlhf_jax.models import architecture
 from rlhf_jax.models import decoder as decoders
 from rlhf_jax.objectives import OBJECTIVES
 from rlhf_jax.replay import Replay
@@ -403,7 +404,7 @@ def test_what_does_not_fit_is_refused_before_anything_compiles(name, changes, me
 
 
 def test_a_transformer_plays_the_same_rounds():
-  model = decoders.decoder(decoders.tiny(11, layers=1))
+  model = decoders.decoder(architecture.tiny(11, layers=1))
   mesh = sharding.data_mesh(1)
 
   def rewards(prompts, drawn):

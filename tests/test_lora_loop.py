@@ -18,8 +18,8 @@ from rlhf_jax import actor, checkpoints, learner, loop, scoring, setups, shardin
 from rlhf_jax.experience import Judging
 from rlhf_jax.judges.base import Judge
 from rlhf_jax.learner import Schedule
+from rlhf_jax.models import architecture, lora
 from rlhf_jax.models import decoder as decoders
-from rlhf_jax.models import lora
 from rlhf_jax.objectives import OBJECTIVES
 from rlhf_jax.objectives.base import REFERENCE_ONLY, Objective, stateless
 from rlhf_jax.tabular import exact, solvers
@@ -28,7 +28,7 @@ from rlhf_jax.types import Examples, Prompts
 pytestmark = pytest.mark.usefixtures('quickly_compiled')
 
 BATCH, WIDTH = 4, 5
-CONFIG = decoders.tiny(11, layers=1)
+CONFIG = architecture.tiny(11, layers=1)
 MODEL = decoders.decoder(CONFIG)
 HYPERPARAMETERS = {
   'ppo': {
@@ -339,7 +339,7 @@ REFERENCE = np.array([0.6, 0.3, 0.1])
 def test_adapters_of_a_transformer_reach_the_exact_answer(name, changes, answer):
   # The answer to one prompt of three tokens is one token, an action. The head is chosen so that
   # the frozen base answers by the reference law; enumerated, so that nothing is sampled.
-  model = decoders.decoder(decoders.tiny(3, layers=1, tied=False))
+  model = decoders.decoder(architecture.tiny(3, layers=1, tied=False))
   tokens = np.array([[0, 1, 2]], np.int32)
   params = noisy(jax.eval_shape(model.init, jax.random.key(0)))
   state = model.hidden(params, tokens, tokens >= 0)[0, -1]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import reward_learning, scoring
-from rlhf_jax.models import decoder, heads, huggingface
+from rlhf_jax.models import architecture, decoder, heads, huggingface
 from rlhf_jax.preferences import Pair
 from rlhf_jax.reward_learning import Encoded, TextLoss
 from rlhf_jax.sequences import Passage
@@ -78,7 +78,7 @@ def test_a_batch_of_pairs():
 
 @pytest.fixture(scope='module')
 def made():
-  model = decoder.decoder(decoder.tiny(12, layers=1))
+  model = decoder.decoder(architecture.tiny(12, layers=1))
   draw = np.random.default_rng(0)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   trunk = jax.tree.map(lambda x: draw.normal(0, 0.3, x.shape).astype(np.float32), shapes)
@@ -132,7 +132,7 @@ def test_normalised_scores(made):
 
 def test_a_directory_keeps_the_bias_in_its_config(made, tmp_path):
   _, params = made
-  config = decoder.tiny(12, layers=1)
+  config = architecture.tiny(12, layers=1)
   normal = {**params, 'score': {**params['score'], 'bias': np.float32([-0.25])}}
   huggingface.write_reward_model(tmp_path / 'normal', config, normal)
   huggingface.write_reward_model(tmp_path / 'plain', config, params)

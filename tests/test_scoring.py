@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from rlhf_jax import actor, players, scoring, sharding
+from rlhf_jax.models import architecture, heads
 from rlhf_jax.models import decoder as decoders
-from rlhf_jax.models import heads
 
 pytestmark = pytest.mark.usefixtures('quickly_compiled')
 
 V, B, K, P, T = 19, 3, 2, 4, 4
-MODEL = decoders.decoder(decoders.tiny(V, layers=1))
+MODEL = decoders.decoder(architecture.tiny(V, layers=1))
 ALL = ('logp', 'value', 'entropy', 'kl', 'reference', 'certainty')
 
 
@@ -222,7 +222,7 @@ def test_gradients_are_finite_where_everything_is_masked():
 def test_logits_of_a_whole_batch_are_never_there():
   # Fault 13: 16 × 256 × 32768 logits are 512 MiB in float32, each time that they are written down.
   # Compiled only; the largest temporary of all is a slice of 64 MiB, and a few are alive at once.
-  model = decoders.decoder(decoders.tiny(2**15, layers=1, context=512))
+  model = decoders.decoder(architecture.tiny(2**15, layers=1, context=512))
 
   def loss(params, prompts, prompt_attended, tokens, attended):
     found = scoring.outputs(
@@ -251,7 +251,7 @@ def test_logits_of_a_whole_batch_are_never_there():
 # --- a value function that stands apart ------------------------------------------------------
 
 # Another width and depth than the policy's.
-CRITIC = decoders.decoder(decoders.tiny(V, layers=2, width=8, head_dim=2))
+CRITIC = decoders.decoder(architecture.tiny(V, layers=2, width=8, head_dim=2))
 
 
 def critic():

@@ -20,14 +20,14 @@ from rlhf_jax import actor, experience, loop, optimizers, players, setups, shard
 from rlhf_jax.experience import Judging
 from rlhf_jax.judges.base import Judge
 from rlhf_jax.learner import Schedule
+from rlhf_jax.models import architecture, huggingface, lora
 from rlhf_jax.models import decoder as decoders
-from rlhf_jax.models import huggingface, lora
 from rlhf_jax.objectives import OBJECTIVES
 from rlhf_jax.types import Prompts, Recording
 
 GOLDEN = Path(__file__).parent / 'models' / 'golden'
 B, K, P, T, V = 8, 5, 5, 6, 24  # K is odd: 40 rows are no other size here
-MODEL = decoders.tiny(V, layers=1)
+MODEL = architecture.tiny(V, layers=1)
 ONE = {'data': 1, 'fsdp': 1, 'tensor': 1}
 MESHES = {
   'data': {'data': 8, 'fsdp': 1, 'tensor': 1},

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import actor, lanes, players, sharding
+from rlhf_jax.models import architecture
 from rlhf_jax.models import decoder as decoders
 
 pytestmark = pytest.mark.usefixtures('quickly_compiled')
@@ -24,7 +25,7 @@ CAST = [players.POLICY, MIXTURE]
 @functools.cache
 def model(scan=False):
   layers = 4 if scan else 1
-  return decoders.decoder(decoders.tiny(V, layers=layers), scan=scan)
+  return decoders.decoder(architecture.tiny(V, layers=layers), scan=scan)
 
 
 @functools.cache
@@ -190,7 +191,7 @@ def test_small_parameters_are_not_split_nor_large_ones_for_few_rows():
 
 @pytest.mark.parametrize('scan', [False, True])
 def test_large_matrices_are_transposed_and_draws_stay(scan, monkeypatch):
-  config = decoders.tiny(V, layers=2, tied=False, qkv_bias=True, mlp_bias=True)
+  config = architecture.tiny(V, layers=2, tied=False, qkv_bias=True, mlp_bias=True)
   untied = decoders.decoder(config, scan=scan)
   rng, seen = np.random.default_rng(0), []
   shapes = jax.eval_shape(untied.init, KEYS[0])

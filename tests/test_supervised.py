@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from rlhf_jax import checkpoints, metrics, sequences, supervised
-from rlhf_jax.models import decoder
+from rlhf_jax.models import architecture, decoder
 from rlhf_jax.supervised import Schedule, Stage
 
 # Held out: 1.5. Batch n of the training data pulls towards TARGETS[n].
@@ -177,7 +177,7 @@ KINDS = {
 
 def model(**changes):
   """A decoder and weights large enough that a leak would show."""
-  made = decoder.decoder(decoder.tiny(12, **changes))
+  made = decoder.decoder(architecture.tiny(12, **changes))
   draw = np.random.default_rng(0)
   shapes = jax.eval_shape(made.init, jax.random.key(0))
   return made, jax.tree.map(lambda x: draw.normal(0, 0.3, x.shape).astype(np.float32), shapes)

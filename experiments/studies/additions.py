@@ -19,7 +19,7 @@ import optax
 from experiments.studies.base import Size
 from rlhf_jax import checkpoints, scoring, supervised
 from rlhf_jax.judges.base import Judge
-from rlhf_jax.models import decoder
+from rlhf_jax.models import architecture, decoder
 from rlhf_jax.models.base import LanguageModel
 from rlhf_jax.sequences import Packed
 from rlhf_jax.types import Array, Params, Prompts, Responses
@@ -73,7 +73,7 @@ def make_model(size: Size) -> LanguageModel:
   """A decoder whose context holds sums of two digits more than it is taught."""
   heads = size['heads']
   return decoder.decoder(
-    decoder.DecoderConfig(
+    architecture.DecoderConfig(
       vocab_size=VOCABULARY,
       width=size['width'],
       layers=size['layers'],

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from experiments.studies import small_games
 from experiments.studies.base import Figure, Measured, Size, Study, kept, text
 from rlhf_jax import reward_learning, sequences, supervised
-from rlhf_jax.models import decoder, heads, preference
+from rlhf_jax.models import architecture, decoder, heads, preference
 from rlhf_jax.objectives import OBJECTIVES
 from rlhf_jax.reviews import judges
 from rlhf_jax.tabular import solvers
@@ -32,7 +32,7 @@ TAU = 0.05
 STYLES, SYNONYMS = 3, 4
 QUALITY = (0, 1, 1, 2)  # of each quality word, in steps
 PROMPT, CLOSE, WORDS = (0,), (1,), 2  # ids; the words' begin at WORDS
-MODEL = decoder.DecoderConfig(
+MODEL = architecture.DecoderConfig(
   vocab_size=WORDS + STYLES * SYNONYMS + len(QUALITY),
   width=32,
   layers=2,

@@ -18,7 +18,8 @@ from rlhf_jax import sharding
 from rlhf_jax.judges import programmatic
 from rlhf_jax.judges.base import Judge
 from rlhf_jax.models import heads
-from rlhf_jax.models.decoder import DecoderConfig, decoder
+from rlhf_jax.models.architecture import DecoderConfig
+from rlhf_jax.models.decoder import decoder
 from rlhf_jax.models.huggingface import read_config, read_reward_model
 from rlhf_jax.tokens import check_fits, pad_left, read_tokenizer
 from rlhf_jax.types import Array, Params

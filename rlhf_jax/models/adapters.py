@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rlhf_jax.models import configs, lora, weights
+from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.configs import Where, read_json
-from rlhf_jax.models.decoder import DecoderConfig, decoder
+from rlhf_jax.models.decoder import decoder
 from rlhf_jax.models.families import Family
 from rlhf_jax.types import Params
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.models import rope
-from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.families import FAMILIES, HARMLESS, REQUIRED, Family, Field, Rope, Windows
 
 Where = str | Path

@@ -1,21 +1,15 @@
-"""A decoder-only transformer in Flax Linen. What the families differ in is data: `DecoderConfig`.
+"""A decoder-only transformer: its layers (layers.py) over whole rows, over prompts, and by steps.
 
-  x ← x + W_o · softmax(q kᵀ / √Dh) v,   q, k rotated by their positions,   x̂ = norm(x)
-  x ← x + W_down (act(W_gate x̂) ⊙ W_up x̂)
-
-Sources: Llama (Touvron 2023, arXiv 2302.13971), rotary positions (Su 2021, 2104.09864, eq. 34),
-grouped-query attention (Ainslie 2023, 2305.13245), SwiGLU (Shazeer 2020, 2002.05202), sliding
-windows (Jiang 2023, 2310.06825), soft caps and norms behind each block (Gemma 2, 2408.00118),
-norms of queries and keys (OLMo 2, 2501.00656), parallel blocks (GPT-NeoX, 2204.06745).
+Sources: sliding windows (Jiang 2023, arXiv 2310.06825), soft caps (Gemma 2, 2408.00118), prompts
+read once for all their responses (Liu 2025, 2506.05433).
 
 Axes beyond types.py: R rows, S tokens of a row, H key-value heads, G query heads to each of them,
 E width of a head. The full forward and the cached one share every line but the attention itself.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -24,7 +18,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from rlhf_jax import sharding
-from rlhf_jax.models import depth, fused, int8, lora, matrices, precision, rope
+from rlhf_jax.models import depth, fused, int8, layers, matrices, precision, rope
+from rlhf_jax.models.architecture import DecoderConfig, kinds_of, rope_frequencies
 from rlhf_jax.models.attention import (
   Mask,
   Source,
@@ -35,79 +30,11 @@ from rlhf_jax.models.attention import (
   visible,
 )
 from rlhf_jax.models.base import LanguageModel
+from rlhf_jax.models.layers import Attend, Layer, Norm
+from rlhf_jax.models.rope import Turn
 from rlhf_jax.types import Array, Params
 
 GROUPS = 'groups'  # of parameters: the layers as `depth.walk` reads them
-
-# query f[B, H, Q, G, E], key and value f[B, H, K, E]; the queries are those of the last Q
-#   -> mixed f[B, H, Q, G, E], (keys, values) to keep
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, tuple[jax.Array, jax.Array]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-  """What fixes the function that the parameters are put into. Hashable, and no token ids.
-
-  The defaults are Llama's. Tuples have one entry for each layer; an empty one says "no layer".
-  """
-
-  vocab_size: int  # V
-  width: int  # D
-  layers: int
-  heads: int  # query heads, G to each of the kv_heads
-  kv_heads: int
-  head_dim: int  # not always width / heads
-  mlp_width: int
-  context: int  # most tokens of prompt and response together
-  norm_epsilon: float = 1e-6
-  rope_theta: float = 10_000.0
-  rope_scaling: rope.Scaling | None = None
-  qkv_bias: bool = False
-  output_bias: bool = False
-  mlp_bias: bool = False
-  tied: bool = False  # the head is the embedding, transposed
-  family: str = (
-    'llama'  # whose names the parameters are written under; the function has no use of it
-  )
-  positions: Literal['rotary', 'learned'] = (
-    'rotary'  # learned: a table [context, D] of added vectors
-  )
-  rotary_fraction: float = 1.0  # of the features of a head, the first so many turn
-  unrotated: tuple[bool, ...] = ()  # layers whose queries and keys do not turn
-  windows: tuple[int | None, ...] = ()  # most tokens a query sees, itself included; None: all
-  local_rope_theta: float | None = None  # of layers with a window, which are not scaled then
-  norm: Literal['rms', 'rms_offset', 'layer'] = 'rms'
-  pre_norms: bool = True  # of the input of each block
-  post_norms: bool = False  # of what each block adds
-  query_key_norm: Literal['head', 'width'] | None = None  # over each head, or all of them together
-  activation: Literal['silu', 'gelu', 'gelu_tanh', 'relu'] = 'silu'
-  gated: bool = True
-  parallel: bool = False  # both blocks read the layer's input
-  attention_scale: float | None = None  # of q kᵀ; None: 1 / √head_dim
-  attention_cap: float | None = None  # scores s become cap · tanh(s / cap)
-  logit_cap: float | None = None  # logits too
-  scaled_embedding: bool = False  # times √D
-
-  @property
-  def rotary_dim(self) -> int:
-    """How many features of a head turn."""
-    return int(self.head_dim * self.rotary_fraction)
-
-  def __post_init__(self):
-    if self.heads % self.kv_heads:
-      raise ValueError(
-        f'query heads must be a multiple of the key-value heads, got {self.heads} and '
-        f'{self.kv_heads}'
-      )
-    if self.positions == 'rotary' and (self.rotary_dim % 2 or not self.rotary_dim):
-      part = '' if self.rotary_fraction == 1 else f' · {self.rotary_fraction} = {self.rotary_dim}'
-      raise ValueError(f'rotary positions need an even head_dim, got {self.head_dim}{part}')
-    for name in ('windows', 'unrotated'):
-      entries = getattr(self, name)
-      if entries and len(entries) != self.layers:
-        raise ValueError(
-          f'{name} must have one entry for each of {self.layers} layers, got {len(entries)}'
-        )
 
 
 class Prefix(NamedTuple):
@@ -128,233 +55,6 @@ class Cache(NamedTuple):
 
   keys: tuple[Array, ...]  # per layer f[H·B·K, T, E]
   values: tuple[Array, ...]  # per layer f[H·B·K, T, E]
-
-
-def tiny(vocab_size: int, **changes: Any) -> DecoderConfig:
-  """A model for tests: two layers of width 16, two query heads to each of two key-value heads."""
-  config = DecoderConfig(
-    vocab_size=vocab_size,
-    width=16,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=4,
-    mlp_width=32,
-    context=64,
-    tied=True,
-  )
-  return dataclasses.replace(config, **changes)
-
-
-def rope_frequencies(config: DecoderConfig, *, local: bool = False) -> np.ndarray:
-  """ω_i of the pairs that turn, by `local_rope_theta` if `local`. -> f64[rotary_dim / 2], rad."""
-  if local and config.local_rope_theta is not None:
-    return rope.frequencies(config.local_rope_theta, config.rotary_dim)
-  return rope.frequencies(config.rope_theta, config.rotary_dim, config.rope_scaling)
-
-
-def _promote(*arrays: Array | None, dtype: Any = None, inexact: bool = True) -> list[Array | None]:
-  """Inputs, kernel and bias as `nn.Dense` multiplies and adds them."""
-  del inexact
-  # A bias keeps its type: its gradient is a sum over all tokens, which bfloat16 cannot hold.
-  *factors, bias = arrays
-  return [*(x if x is None else x.astype(dtype) for x in factors), bias]
-
-
-@jax.custom_jvp
-def _inverse_root(x: Array) -> Array:
-  """1/√x. XLA rewrites JAX's derivative of it, and with it the root: two forwards of one program,
-  with a gradient and without, would then differ and both be paid for."""
-  return jax.lax.rsqrt(x)
-
-
-@_inverse_root.defjvp
-def _inverse_root_slope(at: tuple[Array], along: tuple[Array]) -> tuple[Array, Array]:
-  root = _inverse_root(*at)
-  return root, -0.5 * root * root * root * along[0]
-
-
-class Norm(nn.Module):
-  """RMSNorm(x) = s ⊙ x / √(mean x² + ε) (Zhang & Sennrich 2019, arXiv 1910.07467), or LayerNorm.
-
-  `rms_offset`: s = 1 + scale.  `layer`: of x - mean x, plus a bias (Ba 2016, 1607.06450).
-  """
-
-  kind: Literal['rms', 'rms_offset', 'layer']
-  epsilon: float
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x: Float[Array, '... D']) -> Float[Array, '... D']:
-    wide, shape = precision.wide(self.dtype), (x.shape[-1],)
-    first = nn.initializers.zeros if self.kind == 'rms_offset' else nn.initializers.ones
-    scale = self.param('scale', first, shape, wide)
-    x = x.astype(wide)
-    if self.kind == 'layer':
-      x = x - jnp.mean(x, axis=-1, keepdims=True)
-    x = x * _inverse_root(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-    x = x * (1 + scale if self.kind == 'rms_offset' else scale)
-    if self.kind == 'layer':
-      x = x + self.param('bias', nn.initializers.zeros, shape, wide)
-    return x.astype(self.dtype)
-
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-  'silu': nn.silu,
-  'gelu': functools.partial(nn.gelu, approximate=False),
-  'gelu_tanh': functools.partial(nn.gelu, approximate=True),
-  'relu': nn.relu,
-}
-
-
-Turn = tuple[Array, Array]  # cos and sin f[..., E/2] of each position's angles: see `rotate`
-
-
-class Layer(nn.Module):
-  """One layer. `attend` is what differs between the full forward, the prefill and the step."""
-
-  config: DecoderConfig
-  dtype: Any
-  flat: bool = False  # see `flattened`
-
-  @nn.compact
-  def __call__(
-    self,
-    x: Float[Array, '... D'],
-    turn: Turn | None,
-    attend: Attend,
-    since: int = 0,
-  ) -> tuple[Float[Array, '... D'], tuple[Array, Array]]:
-    """What leaves the layer, of tokens from `since` on, and (keys, values) of all."""
-    config = self.config
-
-    def norm(name: str, inputs: Array) -> Array:
-      return Norm(config.norm, config.norm_epsilon, self.dtype, name=name)(inputs)
-
-    def before(name: str, inputs: Array) -> Array:
-      return norm(name, inputs) if config.pre_norms else inputs
-
-    def after(name: str, added: Array) -> Array:
-      return norm(name, added) if config.post_norms else added
-
-    mixed, memory = self._attention(before('attention_norm', x), turn, attend, since)
-    x = x[:, since:]
-    attended = x + after('attention_post_norm', mixed)
-    inputs = before('mlp_norm', x if config.parallel else attended)
-    return attended + after('mlp_post_norm', self._mlp(inputs)), memory
-
-  def _dense(
-    self, features: int, bias: bool, name: str, inputs: Array, dot_general: Any = None
-  ) -> Array:
-    own: Any = self.get_variable('params', name)
-    adapter: Any = self.get_variable('params', f'{name}_lora')  # put there by `lora.join`
-    rows, exact = flattened(inputs) if self.flat else inputs, precision.of(self.dtype)
-    if own is not None and matrices.is_kept(own['kernel']):
-      out = matrices.product(rows, own['kernel'], self.dtype, exact)
-      out = out + own['bias'] if bias else out
-    else:
-      dense = nn.Dense(
-        features,
-        use_bias=bias,
-        dtype=self.dtype,
-        param_dtype=precision.wide(self.dtype),
-        precision=exact,
-        kernel_init=nn.initializers.normal(0.02),
-        promote_dtype=_promote,
-        dot_general=dot_general,
-        name=name,
-      )
-      out = dense(rows)
-    if adapter is not None:
-      out = out + lora.side(adapter, rows, self.dtype, exact)
-    return out.astype(self.dtype).reshape(*inputs.shape[:-1], features)
-
-  def _heads(self, count: int, name: str, inputs: Array, *, normed: bool) -> Array:
-    """One projection of the inputs, in heads. f[..., D] -> f[..., count, E]."""
-    config = self.config
-    flat = self._dense(count * config.head_dim, config.qkv_bias, name, inputs)
-    shape = *flat.shape[:-1], count, config.head_dim
-    if not normed or config.query_key_norm is None:
-      return flat.reshape(shape)
-    parts = flat if config.query_key_norm == 'width' else flat.reshape(shape)
-    norm = Norm(config.norm, config.norm_epsilon, self.dtype, name=f'{name}_norm')
-    return norm(parts).reshape(shape)
-
-  def _attention(
-    self, inputs: Array, turn: Turn | None, attend: Attend, since: int
-  ) -> tuple[Array, tuple[Array, Array]]:
-    config, asking = self.config, inputs[:, since:]
-    query = self._heads(config.heads, 'query', asking, normed=True)
-    key = self._heads(config.kv_heads, 'key', inputs, normed=True)
-    value = self._heads(config.kv_heads, 'value', inputs, normed=False)
-    if turn is not None:
-      query, key = rotate(query, *(part[:, since:] for part in turn)), rotate(key, *turn)
-    groups = config.heads // config.kv_heads
-    query = query.reshape(*query.shape[:-2], config.kv_heads, groups, config.head_dim)
-    mixed, memory = attend(*(part.swapaxes(1, 2) for part in (query, key, value)))
-    mixed = mixed.swapaxes(1, 2).reshape(*asking.shape[:-1], config.heads * config.head_dim)
-    return self._dense(config.width, config.output_bias, 'output', mixed), memory
-
-  def _mlp(self, inputs: Array) -> Array:
-    config, activation = self.config, ACTIVATIONS[self.config.activation]
-
-    def between(up: Array, *gate: Array) -> Array:
-      return activation(gate[0]) * up if gate else activation(up)
-
-    def down(inputs: Array, kernel: Array, *how: Any, **ways: Any) -> Array:
-      def product(rows: Array, kernel: Array) -> Array:
-        return jax.lax.dot_general(rows.reshape(inputs.shape), kernel, *how, **ways)
-
-      return depth.product_made_again(between, product)(kernel, *wide)
-
-    names = ('up', 'gate') if config.gated else ('up',)
-    if self._in_columns(*names, 'down'):
-      wide = [self._column(name, flattened(inputs).T) for name in names]
-      return self._column('down', between(*wide)).T.reshape(inputs.shape)
-    wide = [self._dense(config.mlp_width, config.mlp_bias, name, inputs) for name in names]
-    rows = depth.made_again(between)(*wide)
-    # Beside adapters a kernel has no gradient, which a rule of its own would trace all the same.
-    learnt = not any(name.endswith('_lora') for name in self.variables.get('params', {}))
-    return self._dense(config.width, config.mlp_bias, 'down', rows, down if learnt else None)
-
-  def _in_columns(self, *names: str) -> bool:
-    """Whether these are kept transposed and alone, so that nothing between them is turned."""
-    held: Any = self.variables.get('params', {})
-    kept = all(n in held and isinstance(held[n]['kernel'], matrices.Transposed) for n in names)
-    return kept and not any(f'{name}_lora' in held for name in names)
-
-  def _column(self, name: str, inputs: Float[Array, 'in N']) -> Float[Array, 'out N']:
-    own: Any = self.get_variable('params', name)
-    out = matrices.columns(inputs, own['kernel'], self.dtype, precision.of(self.dtype))
-    return (out + own['bias'][:, None] if 'bias' in own else out).astype(self.dtype)
-
-
-def turned(angles: Float[Array, '... half'], factor: float = 1.0) -> Turn:
-  """What `rotate` turns by: f cos θ and f sin θ, f = `factor`, θ in radians."""
-  return factor * jnp.cos(angles), factor * jnp.sin(angles)
-
-
-def rotate(
-  x: Float[Array, '... heads E'], cos: Float[Array, '... half'], sin: Float[Array, '... half']
-) -> Float[Array, '... heads E']:
-  """Turn each pair (x_i, x_{i+half}) by its angle; features after them stay.
-
-  The pairs are those of Hugging Face's weights.
-  """
-  turning, still = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
-  first, second = jnp.split(turning.astype(cos.dtype), 2, axis=-1)
-  cos, sin = cos[..., None, :], sin[..., None, :]
-  pairs = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return jnp.concatenate([pairs.astype(x.dtype), still], axis=-1)
-
-
-def flattened(x: Float[Array, '... D']) -> Float[Array, 'N D']:
-  """Tokens as one axis, before a product with weights.
-
-  XLA on CPU would transpose all of two axes for the gradient of the weights; a TPU would copy them
-  to make one of them.
-  """
-  return x.reshape(-1, x.shape[-1])
 
 
 class Decoder(nn.Module):
@@ -410,7 +110,7 @@ class Decoder(nn.Module):
     def turn(local: bool) -> Turn:
       factor = 1.0 if local else rope.attention_factor(config.rope_scaling)
       angles = places * rope_frequencies(config, local=local).astype(wide)
-      cos, sin = (x.at[positions].get(mode='clip') for x in turned(angles, factor))
+      cos, sin = (x.at[positions].get(mode='clip') for x in rope.turned(angles, factor))
       return cos, sin
 
     own = config.local_rope_theta is not None
@@ -589,7 +289,7 @@ class Decoder(nn.Module):
   def head(self, hidden: Float[Array, '... D']) -> Float[Array, '... V']:
     """Logits, at least float32 whatever the compute dtype."""
     kernel = jax.tree.map(jnp.transpose, self.embedding) if self.config.tied else self.output
-    rows = flattened(hidden) if self.flat else hidden
+    rows = layers.flattened(hidden) if self.flat else hidden
     logits = matrices.product(rows, kernel, self.dtype, precision.of(self.dtype))
     return capped(logits, self.config.logit_cap).reshape(*hidden.shape[:-1], -1)
 
@@ -696,12 +396,6 @@ class Decoder(nn.Module):
     return self.norm(x).reshape(batch, count, length, -1), longer
 
 
-def kinds_of(config: DecoderConfig) -> list[Any]:
-  """What differs between layers besides their parameters: (window, unrotated) of each."""
-  none = (None,) * config.layers
-  return list(zip(config.windows or none, config.unrotated or none, strict=True))
-
-
 def _narrow(params: Params, dtype: Any) -> Params:
   """Matrices as the products read them in any case; vectors are added and multiplied wide."""
 
@@ -712,8 +406,8 @@ def _narrow(params: Params, dtype: Any) -> Params:
 
 
 def _groups(config: DecoderConfig, params: Params, scan: bool) -> list[Params]:
-  layers = [params[f'layers_{number}'] for number in range(config.layers)]
-  return depth.grouped(layers, kinds_of(config), scan=scan)
+  each = [params[f'layers_{number}'] for number in range(config.layers)]
+  return depth.grouped(each, kinds_of(config), scan=scan)
 
 
 def decoder(

@@ -20,9 +20,10 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from rlhf_jax.models import configs, weights
+from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.base import LanguageModel
 from rlhf_jax.models.configs import Where, read_json
-from rlhf_jax.models.decoder import DecoderConfig, decoder
+from rlhf_jax.models.decoder import decoder
 from rlhf_jax.models.families import Family
 from rlhf_jax.types import Params
 

@@ -29,9 +29,9 @@ from flax import traverse_util
 from jaxtyping import Float
 
 from rlhf_jax.models import configs, decoder, heads, huggingface, weights
+from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.base import LanguageModel
 from rlhf_jax.models.configs import Where, read_json
-from rlhf_jax.models.decoder import DecoderConfig
 from rlhf_jax.tokens import Tokenizer
 from rlhf_jax.types import Array, Params
 

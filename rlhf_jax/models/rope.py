@@ -8,7 +8,11 @@ row once it outgrows the context, are built as far as that context and no furthe
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
+
+from rlhf_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,3 +123,25 @@ def _ramp(theta: float, width: int, scaling: Yarn) -> np.ndarray:
 def attention_factor(scaling: Scaling | None) -> float:
   """What the turned queries and keys are multiplied by."""
   return scaling.attention_factor if isinstance(scaling, Yarn | Long) else 1.0
+
+
+Turn = tuple[Array, Array]  # cos and sin f[..., E/2] of each position's angles: see `rotate`
+
+
+def turned(angles: Float[Array, '... half'], factor: float = 1.0) -> Turn:
+  """What `rotate` turns by: f cos θ and f sin θ, f = `factor`, θ in radians."""
+  return factor * jnp.cos(angles), factor * jnp.sin(angles)
+
+
+def rotate(
+  x: Float[Array, '... heads E'], cos: Float[Array, '... half'], sin: Float[Array, '... half']
+) -> Float[Array, '... heads E']:
+  """Turn each pair (x_i, x_{i+half}) by its angle; features after them stay.
+
+  The pairs are those of Hugging Face's weights.
+  """
+  turning, still = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
+  first, second = jnp.split(turning.astype(cos.dtype), 2, axis=-1)
+  cos, sin = cos[..., None, :], sin[..., None, :]
+  pairs = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return jnp.concatenate([pairs.astype(x.dtype), still], axis=-1)

@@ -17,14 +17,14 @@ import numpy as np
 import optax
 
 from rlhf_jax import __version__, scoring
-from rlhf_jax.models import decoder
+from rlhf_jax.models import architecture, decoder
 from rlhf_jax.models.base import LanguageModel
 from rlhf_jax.models.huggingface import write_model
 from rlhf_jax.reviews import grammar, law, tokenizer
 from rlhf_jax.types import Array, Params
 
 CACHE_VARIABLE = 'RLHF_JAX_CACHE'
-MODEL = decoder.DecoderConfig(
+MODEL = architecture.DecoderConfig(
   vocab_size=len(tokenizer.vocabulary()),
   width=64,
   layers=2,

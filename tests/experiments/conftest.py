@@ -15,7 +15,7 @@ import jax
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from rlhf_jax.models import decoder, huggingface
+from rlhf_jax.models import architecture, decoder, huggingface
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / 'experiments'
 SPECIAL = ('<pad>', '<end>', '<unk>')
@@ -130,7 +130,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
   for name in ('config.json', 'generation_config.json'):
     (folder / 'tokenizer' / name).write_text(json.dumps({'pad_token_id': 0, 'eos_token_id': 1}))
 
-  config = decoder.tiny(len(ids), layers=1, context=CONTEXT)
+  config = architecture.tiny(len(ids), layers=1, context=CONTEXT)
   params = decoder.decoder(config).init(jax.random.key(0))
   huggingface.write_model(folder / 'model', config, params, folder / 'tokenizer')
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from experiments import assemble, ppo, train
 from experiments.launch import parse
 from rlhf_jax import checkpoints, metrics, setups
-from rlhf_jax.models import decoder, heads, huggingface
+from rlhf_jax.models import architecture, decoder, heads, huggingface
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ def reward(toy, tmp_path_factory) -> Path:
   """A reward model of another width and depth, with the policy's tokenizer."""
   directory = tmp_path_factory.mktemp('reward') / 'model'
   vocab = json.loads((toy.checkpoint / 'config.json').read_text())['vocab_size']
-  config = decoder.tiny(vocab, layers=2, width=8, head_dim=2, context=48)
+  config = architecture.tiny(vocab, layers=2, width=8, head_dim=2, context=48)
   params = {
     'trunk': decoder.decoder(config).init(jax.random.key(5)),
     'score': {'kernel': heads.normal(jax.random.key(6), 8)},

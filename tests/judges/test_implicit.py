@@ -9,7 +9,7 @@ import tokenizers
 from rlhf_jax import scoring, tokens
 from rlhf_jax.judges import implicit
 from rlhf_jax.judges.base import JudgeError
-from rlhf_jax.models import decoder, huggingface
+from rlhf_jax.models import architecture, decoder, huggingface
 from rlhf_jax.types import Prompts, Responses
 
 WORDS = ('<end>', 'a', 'b', 'c', 'd')
@@ -18,7 +18,7 @@ CONTEXT = 40
 
 def write(directory, seed, words=WORDS, **changes):
   """A policy of one layer with large weights, so that texts differ clearly."""
-  config = decoder.tiny(len(words), context=CONTEXT, layers=1, **changes)
+  config = architecture.tiny(len(words), context=CONTEXT, layers=1, **changes)
   draw = np.random.default_rng(seed)
   shapes = jax.eval_shape(decoder.decoder(config).init, jax.random.key(0))
   params = jax.tree.map(lambda leaf: 0.3 * draw.normal(size=leaf.shape).astype(np.float32), shapes)

@@ -11,7 +11,7 @@ import tokenizers
 from rlhf_jax import tokens
 from rlhf_jax.judges import preference_model, programmatic
 from rlhf_jax.judges.base import JudgeError
-from rlhf_jax.models import decoder, heads, preference
+from rlhf_jax.models import architecture, decoder, heads, preference
 from rlhf_jax.ops import selection
 from rlhf_jax.types import Prompts, Responses
 
@@ -28,7 +28,7 @@ def directory(tmp_path_factory):
   made = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token='<unk>'))
   made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
   made.save(str(folder / 'tokenizer.json'))
-  config = decoder.tiny(len(WORDS), layers=1, context=CONTEXT)
+  config = architecture.tiny(len(WORDS), layers=1, context=CONTEXT)
   model = decoder.decoder(config)
   kernel = jnp.zeros((model.width, 1))
   shapes = jax.eval_shape(lambda: heads.on_trunk(model.init(jax.random.key(0)), kernel))

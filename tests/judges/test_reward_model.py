@@ -15,7 +15,7 @@ import tokenizers
 from rlhf_jax import chat, tokens
 from rlhf_jax.judges import programmatic, reward_model
 from rlhf_jax.judges.base import JudgeError
-from rlhf_jax.models import decoder, heads, huggingface
+from rlhf_jax.models import architecture, decoder, heads, huggingface
 from rlhf_jax.types import Prompts, Responses
 
 WORDS = ('<unk>', 'a', 'b', 'c', 'd', 'e', 'f', 'g')
@@ -31,7 +31,7 @@ def word_tokenizer(*words: str) -> tokenizers.Tokenizer:
 
 def write(directory, words=WORDS):
   """A reward model of one layer, with weights large enough that texts differ clearly."""
-  config = decoder.tiny(len(WORDS), context=CONTEXT, layers=1)
+  config = architecture.tiny(len(WORDS), context=CONTEXT, layers=1)
   shapes = jax.eval_shape(decoder.decoder(config).init, jax.random.key(0))
   shapes.pop('head', None)
   tree = {'trunk': shapes, 'score': {'kernel': np.empty((config.width, 1))}}

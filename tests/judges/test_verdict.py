@@ -10,7 +10,7 @@ import tokenizers
 
 from rlhf_jax import scoring
 from rlhf_jax.judges import rubric, verdict
-from rlhf_jax.models import decoder, huggingface
+from rlhf_jax.models import architecture, decoder, huggingface
 from rlhf_jax.types import Prompts, Responses
 
 WORDS = ('<end>', 'yes', 'no', 'one', 'two', 'rate', 'or', 'a', 'b')
@@ -23,7 +23,7 @@ PAIR = "{% set answers = {'one': 1, 'two': 0} %}{{ prompt }} {{ first }} or {{ s
 def directory(tmp_path_factory):
   """A policy of one layer with large weights, so that texts differ clearly; no chat template."""
   folder = tmp_path_factory.mktemp('verdict') / 'policy'
-  config = decoder.tiny(len(WORDS), context=16, layers=1)
+  config = architecture.tiny(len(WORDS), context=16, layers=1)
   draw = np.random.default_rng(3)
   shapes = jax.eval_shape(decoder.decoder(config).init, jax.random.key(0))
   params = jax.tree.map(lambda leaf: 0.3 * draw.normal(size=leaf.shape).astype(np.float32), shapes)

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import costs
+from rlhf_jax.models import architecture, depth
 from rlhf_jax.models import decoder as decoders
-from rlhf_jax.models import depth
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != 'cpu', reason="of XLA's CPU compiler")
 
-CONFIG = decoders.tiny(13, layers=4, mlp_width=512, head_dim=8)
+CONFIG = architecture.tiny(13, layers=4, mlp_width=512, head_dim=8)
 ROWS = jnp.zeros((4, 32), jnp.int32)
 WIDE = 4 * 32 * 512 * 4  # bytes of what lies between the products of one layer
 

@@ -10,10 +10,10 @@ import jax.test_util
 import numpy as np
 import pytest
 
-from rlhf_jax.models import attention, rope
+from rlhf_jax.models import architecture, attention, layers, rope
 from rlhf_jax.models import decoder as decoders
 
-STRETCHED = decoders.tiny(
+STRETCHED = architecture.tiny(
   19,
   heads=6,
   kv_heads=2,
@@ -26,7 +26,7 @@ STRETCHED = decoders.tiny(
   rope_scaling=rope.Llama3(4.0, 1.0, 4.0, 32),
 )
 # What the other families do, in two mixtures; the windows are shorter than the prompts.
-SLIDING = decoders.tiny(
+SLIDING = architecture.tiny(
   19,
   head_dim=8,
   windows=(2, None),
@@ -41,7 +41,7 @@ SLIDING = decoders.tiny(
   logit_cap=8.0,
   scaled_embedding=True,
 )
-PARALLEL = decoders.tiny(
+PARALLEL = architecture.tiny(
   19,
   layers=3,
   head_dim=8,
@@ -56,11 +56,11 @@ PARALLEL = decoders.tiny(
   mlp_bias=True,
 )
 CONFIGS = {
-  'tiny': decoders.tiny(19),
+  'tiny': architecture.tiny(19),
   'stretched': STRETCHED,
   'sliding': SLIDING,
   'parallel': PARALLEL,
-  'learned': decoders.tiny(19, positions='learned', pre_norms=False, post_norms=True),
+  'learned': architecture.tiny(19, positions='learned', pre_norms=False, post_norms=True),
 }
 
 
@@ -272,19 +272,19 @@ def test_the_gradient_of_attention_is_that_of_a_softmax():
 def test_rotation_by_hand():
   # A pair (1, 0) turned by 90 degrees is (0, 1); the pairs are (x_0, x_2) and (x_1, x_3).
   x = np.array([[[1, 5, 0, 0]]], np.float32)
-  turned = decoders.rotate(x, *decoders.turned(np.array([[np.pi / 2, 0]], np.float32)))
+  turned = rope.rotate(x, *rope.turned(np.array([[np.pi / 2, 0]], np.float32)))
   np.testing.assert_allclose(turned, [[[0, 5, 1, 0]]], atol=1e-6)
 
 
 def test_rope_frequencies_by_hand():
   # θ = 16, E = 4: ω = 16^0, 16^{-1/2} = 1, 1/4.
-  config = decoders.tiny(5, rope_theta=16.0)
-  np.testing.assert_allclose(decoders.rope_frequencies(config), [1, 0.25])
+  config = architecture.tiny(5, rope_theta=16.0)
+  np.testing.assert_allclose(architecture.rope_frequencies(config), [1, 0.25])
   # Turns within C = 6π: 6π·1/2π = 3 and 3/4. Between low = 1 and high = 5, the first keeps
   # (3 - 1)/(5 - 1) = 1/2 of itself and 1/2 of a tenth: 0.55. The second is below low: a tenth.
   scaling = rope.Llama3(10.0, 1.0, 5.0, 6 * np.pi)
   stretched = dataclasses.replace(config, rope_scaling=scaling)
-  np.testing.assert_allclose(decoders.rope_frequencies(stretched), [0.55, 0.025])
+  np.testing.assert_allclose(architecture.rope_frequencies(stretched), [0.55, 0.025])
 
 
 def test_initial_model_has_the_tree_and_a_nearly_flat_law():
@@ -367,7 +367,7 @@ def test_tokens_as_one_axis_change_no_gradient(monkeypatch):
     return jax.jit(jax.grad(total))(params)
 
   flat, calls = slopes(params), []
-  monkeypatch.setattr(decoders, 'flattened', lambda x: calls.append(x.ndim) or x)
+  monkeypatch.setattr(layers, 'flattened', lambda x: calls.append(x.ndim) or x)
   apart = slopes(params)
   assert set(calls) == {3}
   for one, other in zip(jax.tree.leaves(flat), jax.tree.leaves(apart), strict=True):
@@ -377,7 +377,7 @@ def test_tokens_as_one_axis_change_no_gradient(monkeypatch):
 def test_a_feature_that_does_not_turn_stays():
   # One pair turns, (x_0, x_1), here by 90 degrees and doubled; x_2 and x_3 stay as they are.
   x = np.array([[[1, 0, 7, 8]]], np.float32)
-  turned = decoders.rotate(x, *decoders.turned(np.array([[np.pi / 2]], np.float32), 2.0))
+  turned = rope.rotate(x, *rope.turned(np.array([[np.pi / 2]], np.float32), 2.0))
   np.testing.assert_allclose(turned, [[[0, 2, 7, 8]]], atol=1e-6)
 
 
@@ -399,7 +399,7 @@ def test_norms_by_hand():
   biased = {**params, 'bias': np.array([5.0, 5.0], np.float32)}
 
   def norm(kind, params):
-    return decoders.Norm(kind, 0.0, jnp.float32).apply({'params': params}, x)
+    return layers.Norm(kind, 0.0, jnp.float32).apply({'params': params}, x)
 
   np.testing.assert_allclose(norm('rms', params), 2 * x / np.sqrt(5), rtol=1e-6)
   np.testing.assert_allclose(norm('rms_offset', params), 3 * x / np.sqrt(5), rtol=1e-6)
@@ -408,7 +408,7 @@ def test_norms_by_hand():
 
 def test_a_window_of_two_sees_the_token_and_the_one_before():
   # One layer: the state after token 4 depends on tokens 3 and 4 alone, with padding and without.
-  model = decoders.decoder(decoders.tiny(19, layers=1, windows=(2,)))
+  model = decoders.decoder(architecture.tiny(19, layers=1, windows=(2,)))
   params = jax.tree.map(lambda leaf: 20 * leaf, model.init(jax.random.key(0)))
   hidden = jax.jit(model.hidden)
   row, attended = np.arange(5, dtype=np.int32)[None], np.ones((1, 5), bool)
@@ -425,10 +425,10 @@ def test_a_window_of_two_sees_the_token_and_the_one_before():
 
 def test_wrong_configs_are_refused():
   with pytest.raises(ValueError, match='multiple of the key-value heads, got 4 and 3'):
-    decoders.tiny(5, kv_heads=3)
+    architecture.tiny(5, kv_heads=3)
   with pytest.raises(ValueError, match='even head_dim, got 5'):
-    decoders.tiny(5, head_dim=5)
+    architecture.tiny(5, head_dim=5)
   with pytest.raises(ValueError, match=r'even head_dim, got 8 · 0\.4 = 3'):
-    decoders.tiny(5, head_dim=8, rotary_fraction=0.4)
+    architecture.tiny(5, head_dim=8, rotary_fraction=0.4)
   with pytest.raises(ValueError, match='windows must have one entry for each of 2 layers, got 1'):
-    decoders.tiny(5, windows=(3,))
+    architecture.tiny(5, windows=(3,))

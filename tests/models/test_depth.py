@@ -7,19 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.models import architecture, depth, lora, matrices
 from rlhf_jax.models import decoder as decoders
-from rlhf_jax.models import depth, lora, matrices
 
 pytestmark = pytest.mark.usefixtures('quickly_compiled')
 
 # What alternates repeats with a period of 2, is cut short, or does not repeat at all.
 CONFIGS = {
-  'plain': decoders.tiny(13, layers=3, tied=False, qkv_bias=True),
-  'windows': decoders.tiny(
+  'plain': architecture.tiny(13, layers=3, tied=False, qkv_bias=True),
+  'windows': architecture.tiny(
     13, layers=5, windows=(2, None, 2, None, 2), local_rope_theta=20.0, post_norms=True
   ),
-  'irregular': decoders.tiny(13, layers=3, unrotated=(False, True, True), norm='layer'),
-  'learned': decoders.tiny(13, layers=2, positions='learned', gated=False, mlp_bias=True),
+  'irregular': architecture.tiny(13, layers=3, unrotated=(False, True, True), norm='layer'),
+  'learned': architecture.tiny(13, layers=2, positions='learned', gated=False, mlp_bias=True),
 }
 WAYS = [(remat, scan) for remat in depth.REMAT for scan in (False, True)]
 
@@ -132,7 +132,7 @@ def test_period(kinds, expected):
 
 def kept(remat, scan):
   """Numbers that the backward pass of a deep, narrow model finds kept, parameters not counted."""
-  config = decoders.tiny(13, layers=8)
+  config = architecture.tiny(13, layers=8)
   model = decoders.decoder(config, remat=remat, scan=scan)
   params, tokens, attended = problem(config)
 
@@ -163,7 +163,7 @@ def test_each_policy_keeps_less(scan, monkeypatch):
 
 def test_a_scan_is_one_layer_whatever_the_depth():
   def products(layers, scan):
-    config = decoders.tiny(13, layers=layers, windows=(2, None) * (layers // 2))
+    config = architecture.tiny(13, layers=layers, windows=(2, None) * (layers // 2))
     model = decoders.decoder(config, scan=scan, remat='layer')
     params, tokens, attended = problem(config)
     total = jax.grad(lambda tree: jnp.sum(model.hidden(tree, tokens, attended)))
@@ -175,7 +175,7 @@ def test_a_scan_is_one_layer_whatever_the_depth():
 
 def test_a_step_is_one_layer_whatever_the_depth():
   def products(layers):
-    config = decoders.tiny(13, layers=layers, windows=(2, None) * (layers // 2))
+    config = architecture.tiny(13, layers=layers, windows=(2, None) * (layers // 2))
     model = decoders.decoder(config, scan=True)
     params, tokens, attended = problem(config)
 
@@ -207,7 +207,7 @@ def test_condensed_parameters_keep_vectors_wide():
 
 def test_unknown_policy():
   with pytest.raises(ValueError, match=r"model\.remat must be one of .*'dots'.*, got 'all'"):
-    decoders.decoder(decoders.tiny(5), remat='all')
+    decoders.decoder(architecture.tiny(5), remat='all')
 
 
 # --- narrow products, wide sums --------------------------------------------------------------

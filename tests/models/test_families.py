@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from rlhf_jax.models import configs, families, heads, huggingface, rope, weights
+from rlhf_jax.models import architecture, configs, families, heads, huggingface, rope, weights
 from rlhf_jax.models import decoder as decoders
 
 GOLDEN = Path(__file__).resolve().parent / 'golden'  # made by tests/parity/make_golden.py
@@ -226,7 +226,7 @@ def test_positions_that_nothing_describes_are_nan_and_not_wrong():
     {'rope_scaling': rope.Dynamic(2.0)},
     {'rope_scaling': rope.Long((1.0, 1.0), (2.0, 2.0), 3, 6)},
   ):
-    model = decoders.decoder(decoders.tiny(5, context=3, layers=1, **changes))
+    model = decoders.decoder(architecture.tiny(5, context=3, layers=1, **changes))
     params = model.init(jax.random.key(0))
     tokens, attended = np.ones((2, 4), np.int32), np.array([[False, True, True, True], [True] * 4])
     hidden = np.asarray(jax.jit(model.hidden)(params, tokens, attended))
@@ -269,7 +269,7 @@ def test_what_would_change_the_function_is_refused_by_name(name, fields, message
 
 
 def test_a_family_that_cannot_say_it_refuses_to_write_it(tmp_path):
-  config = decoders.tiny(5, post_norms=True)
+  config = architecture.tiny(5, post_norms=True)
   params = decoders.decoder(config).init(jax.random.key(0))
   with pytest.raises(ValueError, match="of 'llama' cannot say post_norms = True"):
     huggingface.write_model(tmp_path / 'out', config, params)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.models import architecture, fused
 from rlhf_jax.models import decoder as decoders
-from rlhf_jax.models import fused
 from rlhf_jax.models.attention import Source, attention, position_ids, visible
 
 B, H, S, G, E = 2, 2, 150, 2, 8  # S is no multiple of a block
@@ -81,7 +81,7 @@ def test_cudnn_and_its_gradient_lower_without_a_gpu(monkeypatch):
   kernels = pytest.importorskip('jax._src.cudnn.fused_attention_stablehlo')
   monkeypatch.setattr(kernels, 'check_cudnn_version', lambda: 91000)
   monkeypatch.setattr(fused, 'check', lambda *_, **__: None)
-  config = decoders.tiny(19, head_dim=8, windows=(None, 5))
+  config = architecture.tiny(19, head_dim=8, windows=(None, 5))
   model = decoders.decoder(config, jnp.bfloat16, remat='layer', kernel='cudnn')
   params = jax.eval_shape(model.init, jax.random.key(0))
   tokens, attended = (jax.ShapeDtypeStruct((4, 31), kind) for kind in (jnp.int32, bool))
@@ -93,7 +93,7 @@ def test_cudnn_and_its_gradient_lower_without_a_gpu(monkeypatch):
 
 @pytest.mark.slow
 def test_a_forward_takes_the_kernel_and_a_prefill_does_not(monkeypatch):
-  config = decoders.tiny(19, windows=(None, 3), layers=2)
+  config = architecture.tiny(19, windows=(None, 3), layers=2)
   plain = decoders.decoder(config)
   rng, shapes = np.random.default_rng(0), jax.eval_shape(plain.init, jax.random.key(0))
   params = jax.tree.map(
@@ -139,5 +139,5 @@ def test_what_a_kernel_is_not_made_for_is_refused(given, ways, said):
 
 def test_a_decoder_asks_what_its_devices_can():
   with pytest.raises(ValueError, match='is for a tpu'):
-    decoders.decoder(decoders.tiny(19), jnp.bfloat16, kernel='splash')
+    decoders.decoder(architecture.tiny(19), jnp.bfloat16, kernel='splash')
   fused.check('xla', jnp.float32, 'cpu', cap=3.0, head_dim=7, tensor=2)

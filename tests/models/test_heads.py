@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.models import architecture, heads
 from rlhf_jax.models import decoder as decoders
-from rlhf_jax.models import heads
 
 
 def test_value_starts_at_zero_and_is_linear():
@@ -50,7 +50,7 @@ def test_reward_reads_the_last_attended_token():
     places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return jnp.stack([tokens * params, places], axis=-1).astype(jnp.float32)
 
-  model = decoders.decoder(decoders.tiny(9))._replace(hidden=hidden)
+  model = decoders.decoder(architecture.tiny(9))._replace(hidden=hidden)
   params = {'trunk': 2.0, 'score': {'kernel': np.array([[1.0], [100.0]], np.float32)}}
   tokens = np.array([[0, 5, 6, 0], [3, 3, 3, 7]], np.int32)
   attended = np.array([[False, True, True, False], [True, True, True, True]])

@@ -9,12 +9,12 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from rlhf_jax import actor, players, sharding
+from rlhf_jax.models import architecture, int8, lora, matrices
 from rlhf_jax.models import decoder as decoders
-from rlhf_jax.models import int8, lora, matrices
 
 CONFIGS = {
-  'tied': decoders.tiny(19, qkv_bias=True),
-  'apart': decoders.tiny(19, tied=False, mlp_bias=True),
+  'tied': architecture.tiny(19, qkv_bias=True),
+  'apart': architecture.tiny(19, tied=False, mlp_bias=True),
 }
 rounded = jax.jit(int8.rounded)
 pytestmark = pytest.mark.usefixtures('quickly_compiled')
@@ -75,7 +75,7 @@ def test_a_column_of_zeros_stays_and_what_is_not_finite_shows():
 
 
 def test_twice_is_once_and_a_quarter_of_the_bytes():
-  model = decoders.decoder(decoders.tiny(64, width=128, head_dim=32, mlp_width=256, tied=False))
+  model = decoders.decoder(architecture.tiny(64, width=128, head_dim=32, mlp_width=256, tied=False))
   params = drawn(jax.eval_shape(model.init, jax.random.key(0)))
   once = rounded(params)
   twice = rounded(once)

@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models import adapters, families, lora
+from rlhf_jax.models import adapters, architecture, families, lora
 from rlhf_jax.models import decoder as decoders
 
 pytestmark = pytest.mark.usefixtures('quickly_compiled')
 
 CONFIGS = {
-  'plain': decoders.tiny(19),
-  'biased': decoders.tiny(19, head_dim=8, qkv_bias=True, output_bias=True, mlp_bias=True),
-  'parallel': decoders.tiny(
+  'plain': architecture.tiny(19),
+  'biased': architecture.tiny(19, head_dim=8, qkv_bias=True, output_bias=True, mlp_bias=True),
+  'parallel': architecture.tiny(
     19, head_dim=8, windows=(None, 3), norm='layer', query_key_norm='width', parallel=True
   ),
-  'ungated': decoders.tiny(19, gated=False, positions='learned', query_key_norm='head'),
+  'ungated': architecture.tiny(19, gated=False, positions='learned', query_key_norm='head'),
 }
 TOKENS = np.random.default_rng(3).integers(0, 19, (3, 9)).astype(np.int32)
 ATTENDED = np.arange(9) >= np.array([[0], [2], [5]])

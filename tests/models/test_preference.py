@@ -11,17 +11,17 @@ import pytest
 import tokenizers
 
 from rlhf_jax import tokens
-from rlhf_jax.models import decoder, heads, huggingface, preference
+from rlhf_jax.models import architecture, decoder, heads, huggingface, preference
 
 CLOSE = 1  # the separator's id
 CONFIGS = {
-  'plain': decoder.tiny(19),
+  'plain': architecture.tiny(19),
   # windows shorter than what stands before the second response
-  'windows': decoder.tiny(
+  'windows': architecture.tiny(
     19, head_dim=8, windows=(2, 5), local_rope_theta=20.0, attention_cap=3.0, norm='rms_offset'
   ),
   # positions end where the longest of the rows below ends
-  'learned': decoder.tiny(19, positions='learned', context=17, norm='layer'),
+  'learned': architecture.tiny(19, positions='learned', context=17, norm='layer'),
 }
 
 
@@ -165,7 +165,7 @@ def test_a_separator_that_is_none_is_refused(tmp_path, ids):
 def test_it_learns_a_cycle_that_no_reward_can_say():
   # Responses of tokens 2, 3, 4 beat each other in a circle at 9 to 1. A reward puts them in some
   # order and is wrong about one pair of three; here all three are learnt, to their strength.
-  model = decoder.decoder(decoder.tiny(5, layers=1))
+  model = decoder.decoder(architecture.tiny(5, layers=1))
   trunk = model.init(jax.random.key(0))
   params = heads.on_trunk(trunk, heads.normal(jax.random.key(1), model.width))
   params['trunk'] = jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, params['trunk'])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models import decoder, heads, preference
+from rlhf_jax.models import architecture, decoder, heads, preference
 
 torch = pytest.importorskip('torch', reason='needs the parity extra')
 transformers = pytest.importorskip('transformers', reason='needs the parity extra')
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.parity
 
 
 def test_transformers_gives_f_of_one_order(tmp_path):
-  config = decoder.tiny(19)
+  config = architecture.tiny(19)
   model, kernel = decoder.decoder(config), heads.normal(jax.random.key(1), config.width)
   params = heads.on_trunk(model.init(jax.random.key(0)), kernel)
   preference.write_preference_model(tmp_path / 'pm', config, params, [1])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import actor, players, sharding, tokens
-from rlhf_jax.models import decoder
+from rlhf_jax.models import architecture, decoder
 from rlhf_jax.models.huggingface import read_model
 from rlhf_jax.reviews import grammar, judges, law, reference
 
@@ -95,7 +95,7 @@ def test_what_determines_it_is_in_its_name(monkeypatch):
     reference._key(0, reference.Recipe()),
   }
   with monkeypatch.context() as patch:
-    patch.setattr(reference, 'MODEL', decoder.tiny(len(grammar.words()) + 3))
+    patch.setattr(reference, 'MODEL', architecture.tiny(len(grammar.words()) + 3))
     names.add(reference._key(0, QUICK))
   with monkeypatch.context() as patch:
     patch.setattr(reference.inspect, 'getsource', lambda module: f'another {module.__name__}')
