@@ -362,11 +362,12 @@ def sampler(
 
 
 def _after(earlier: Mapping[str, Array], value: Array) -> Array:
-  """`value`, an integer, which is not there before what is `earlier` is.
+  """`value`, integers, made to wait for all of `earlier`.
 
-  It hangs on them by a sum of zeros: XLA on CPU drops barriers, and runs side by side what may be.
+  By a sum of zeros: XLA on CPU forgets a barrier before it orders the program, and then runs side
+  by side what may be.
   """
-  return functools.reduce(lambda x, y: x + (y.ravel()[0] > jnp.inf), earlier.values(), value)
+  return functools.reduce(lambda x, y: x + (y[(0,) * y.ndim] > jnp.inf), earlier.values(), value)
 
 
 def _span(columns: np.ndarray) -> Any:

@@ -14,7 +14,8 @@ from rlhf_jax.models.base import LanguageModel
 from rlhf_jax.objectives.base import Objective
 from rlhf_jax.types import Array, Examples, Metrics, Params
 
-BAD_LEAF = 'learner/bad_leaf'  # number of what was first not finite (`culprit` names it), or -1
+# Number of what was first not finite, it or the sum of all in it (`culprit` names it), or -1.
+BAD_LEAF = 'learner/bad_leaf'
 NONFINITE = ('stop', 'skip')
 
 
@@ -140,7 +141,8 @@ def learner(
       opt_state = sharding.to_device(opt_state)
     norm = optax.tree.norm(gradients)
     bad = _first_bad(params, gradients, metrics['learner/loss'], norm)
-    # By `bad` in either case: XLA keeps a copy of what is looked at, if not known to be before.
+    # Always so unless `skips`; but what is donated is then looked at before it is overwritten, or
+    # XLA on CPU would keep a copy of it to look at.
     taken = (total > 0) & (bad < (0 if skips else jnp.iinfo(bad.dtype).max))
     updates, moved = optimizer.update(gradients, opt_state, params)
     params, opt_state = jax.tree.map(

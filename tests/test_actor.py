@@ -171,6 +171,18 @@ def test_cached_mixture_is_the_brute_force_one_token_by_token(weights):
     np.testing.assert_allclose(drawn.members[name], at(law, drawn.tokens), atol=1e-5)
 
 
+def test_a_step_waits_for_another_model_whatever_its_state_and_keeps_its_tokens():
+  tokens = jnp.array([[3, 1], [0, 2]])
+  for state in (0.0, np.nan, np.inf, -np.inf):
+    waiting = actor._after({'policy': jnp.full((2, 2, 3), state, jnp.bfloat16)}, tokens)
+    np.testing.assert_array_equal(waiting, tokens)
+    assert waiting.dtype == tokens.dtype
+  waits = lambda state: actor._after({'policy': state}, tokens)  # noqa: E731
+  traced = jax.make_jaxpr(waits)(jnp.ones((2, 2, 3)))
+  made = [out for step in traced.jaxpr.eqns for out in step.outvars]
+  assert traced.jaxpr.outvars[0] in made, 'the tokens do not hang on the state'
+
+
 def test_a_mixture_of_weight_b_leans_by_b_to_the_reference():
   # Swapped weights are a known fault elsewhere: at b = 1/4 the policy has 3/4.
   drawn = draw(players.mixture(0.25))

@@ -222,6 +222,15 @@ def test_a_second_step_off_policy_is_refused(schedule):
 # --- what is not finite --------------------------------------------------------------------------
 
 
+def test_the_first_leaf_with_a_number_that_is_not_finite():
+  good = jnp.array([1e30, -3e38])
+  cases = ((good, -1), ([1.0, np.nan], 1), ([np.inf, -np.inf], 1), ([-np.inf, 0.0], 1))
+  for values, expected in cases:
+    leaves = {'a': good, 'b': jnp.asarray(values)}
+    assert learner._first_bad(leaves, jnp.float32(2)) == expected
+  assert learner._first_bad({'a': good}, jnp.float32(np.nan)) == 1
+
+
 def test_a_step_that_is_not_finite_is_named_or_skipped():
   # Two steps of one example each, of which one has an infinite loss and gradient.
   batch = examples([0, 0], [0, 1], [1, 1], [1, np.inf])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import actor, lanes, players, sharding
-from rlhf_jax.models import architecture
+from rlhf_jax.models import architecture, layers
 from rlhf_jax.models import decoder as decoders
 
 pytestmark = pytest.mark.usefixtures('quickly_compiled')
@@ -205,8 +205,16 @@ def test_large_matrices_are_transposed_and_draws_stay(scan, monkeypatch):
 
   expected = sample({'policy': params}, players.POLICY, *given, responses=1)
   monkeypatch.setattr(lanes, 'MOST', 0)
+  turned, column = [], layers.Layer._column
+
+  def noted_column(self, name, x):
+    turned.append(name)
+    return column(self, name, x)
+
+  monkeypatch.setattr(layers.Layer, '_column', noted_column)
   found = lanes.spread(noted, 2)({'policy': params}, players.POLICY, *given, responses=1)
   check_same([found], [expected])
+  assert set(turned) == {'up', 'gate', 'down'}, 'a block between transposed matrices was turned'
   assert seen[0]['head'] == ((V, 16),)
   assert seen[0]['layers_0']['up']['kernel'] == ((32, 16),)
   assert seen[0]['embedding'] == (V, 16)

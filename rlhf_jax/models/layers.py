@@ -197,7 +197,7 @@ class Layer(nn.Module):
   def _column(self, name: str, inputs: Float[Array, 'in N']) -> Float[Array, 'out N']:
     own: Any = self.get_variable('params', name)
     out = matrices.columns(inputs, own['kernel'], self.dtype, precision.of(self.dtype))
-    return (out + own['bias'][:, None] if 'bias' in own else out).astype(self.dtype)
+    return (out + own['bias'][:, None] if self.config.mlp_bias else out).astype(self.dtype)
 
 
 def flattened(x: Float[Array, '... D']) -> Float[Array, 'N D']:

@@ -12,10 +12,12 @@ from jaxtyping import Array, Float, Int
 SLICE_ELEMENTS = 2**24
 
 
-def log_softmax(logits: Float[Array, '*lead V'], temperature: Array) -> Float[Array, '*lead V']:
+def log_softmax(
+  logits: Float[Array, '*lead V'], temperature: Array | float
+) -> Float[Array, '*lead V']:
   """log softmax(logits / temperature), in float32 at least."""
-  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-  return jax.nn.log_softmax(logits / temperature.astype(logits.dtype), -1)
+  away, _, total = _parts(logits, temperature)
+  return away - jnp.log(total)[..., None]
 
 
 def mixture(
@@ -74,21 +76,29 @@ def _of_tokens_forward(
   logits: Array, tokens: Array, temperature: Array | float
 ) -> tuple[tuple[Array, Array], Any]:
   away, mass, total = _parts(logits, temperature)
-  normalizer = jnp.log(total)
-  spread = normalizer - jnp.sum(jnp.where(mass > 0, mass * away, 0), -1) / total
-  logp = chosen(away, tokens) - normalizer
-  return (logp, spread), (logits, tokens, temperature, normalizer, spread)
+  log_total, entropy = jnp.log(total), _entropy(away, mass, total)
+  found = chosen(away, tokens) - log_total, entropy
+  return found, (logits, tokens, temperature, log_total, entropy)
+
+
+def _entropy(away: Array, mass: Array, total: Array) -> Array:
+  return jnp.log(total) - jnp.sum(jnp.where(mass > 0, mass * away, 0), -1) / total
 
 
 def _of_tokens_backward(kept: Any, slopes: tuple[Array, Array]) -> tuple[Array, None, None]:
-  logits, tokens, temperature, normalizer, spread = kept
-  of_chosen, of_spread = (slope[..., None] for slope in slopes)
+  logits, tokens, temperature, log_total, entropy = kept
+  of_chosen, of_entropy = (slope[..., None] for slope in slopes)
   away, *_ = _parts(logits, temperature)
-  logp = away - normalizer[..., None]  # as forward: Σ_v of the slope is 0
-  p = jnp.exp(logp)
-  pulled = jnp.where(p > 0, p * (of_chosen + of_spread * (logp + spread[..., None])), 0)
-  slope = jnp.where(_is_token(logits, tokens), of_chosen, 0) - pulled
+  logp = away - log_total[..., None]  # as forward: Σ_v of the slope is 0
+  pull = of_chosen + of_entropy * (logp + entropy[..., None])
+  slope = _pulled(logp, pull, jnp.where(_is_token(logits, tokens), of_chosen, 0))
   return (slope / jnp.asarray(temperature, slope.dtype)).astype(logits.dtype), None, None
+
+
+def _pulled(logp: Array, pull: Array, direct: Array) -> Array:
+  """direct − π · pull. A token that π rules out pulls nothing; NaN stays."""
+  p = jnp.exp(logp)
+  return direct - jnp.where(p == 0, 0, p * pull)
 
 
 of_tokens.defvjp(_of_tokens_forward, _of_tokens_backward)
@@ -100,14 +110,17 @@ def against(
   other: Float[Array, '*lead V'],
   tokens: Int[Array, '*lead'],
   temperature: Array | float = 1.0,
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[
+  Float[Array, '*lead'], Float[Array, '*lead'], Float[Array, '*lead'], Float[Array, '*lead']
+]:
   """log π(a), the entropy of π, KL(π || μ) and log μ(a), in nats, of the softmaxes π and μ.
 
     KL = Σ π (s − r) − log Z + log Z_μ,  π = exp s / Z,  μ = exp r / Z_μ
     T ∂KL / ∂ logits_v = π(v) (log π(v) − log μ(v) − KL),  T ∂KL / ∂ other_v = μ(v) − π(v)
 
   The first two as `of_tokens` makes them, and with it both arrays of logits alone are held. The KL
-  is exactly 0 for equal logits. Tokens of probability 0 under π add nothing to it.
+  of equal logits is 0, and of laws alike not rounded as coarsely as their log Z. Tokens of
+  probability 0 under π add nothing to it. The temperature has no gradient.
   """
   found, _ = _against_forward(logits, other, tokens, temperature)
   return found
@@ -116,27 +129,31 @@ def against(
 def _against_forward(
   logits: Array, other: Array, tokens: Array, temperature: Array | float
 ) -> tuple[tuple[Array, Array, Array, Array], Any]:
-  (logp, spread), (*_, normalizer, _) = _of_tokens_forward(logits, tokens, temperature)
-  (away, mass, total), (theirs, _, whole) = (_parts(x, temperature) for x in (logits, other))
-  another = jnp.log(whole)
-  apart = jnp.sum(jnp.where(mass > 0, mass * (away - theirs), 0), -1) / total
-  divergence = apart - normalizer + another
-  found = logp, spread, divergence, chosen(theirs, tokens) - another
-  return found, (logits, other, tokens, temperature, normalizer, another, spread, divergence)
+  (away, mass, total), (other_away, _, other_total) = (
+    _parts(x, temperature) for x in (logits, other)
+  )
+  log_total, log_other, log_ratio = map(jnp.log, (total, other_total, other_total / total))
+  apart = jnp.sum(jnp.where(mass > 0, mass * (away - other_away), 0), -1) / total
+  entropy, kl = _entropy(away, mass, total), apart + log_ratio
+  found = chosen(away, tokens) - log_total, entropy, kl, chosen(other_away, tokens) - log_other
+  of_rows = log_total, log_other, log_ratio, entropy, kl
+  return found, (logits, other, tokens, temperature, of_rows)
 
 
 def _against_backward(kept: Any, slopes: tuple[Array, ...]) -> tuple[Array, Array, None, None]:
-  logits, other, tokens, temperature, normalizer, another, *rest = kept
-  spread, divergence = (x[..., None] for x in rest)
-  of_chosen, of_spread, of_divergence, of_theirs = (slope[..., None] for slope in slopes)
-  logp = _parts(logits, temperature)[0] - normalizer[..., None]
-  theirs = _parts(other, temperature)[0] - another[..., None]
-  p, q, own = jnp.exp(logp), jnp.exp(theirs), _is_token(logits, tokens)
-  pull = of_chosen + of_spread * (logp + spread) - of_divergence * (logp - theirs - divergence)
-  slope = jnp.where(own, of_chosen, 0) - jnp.where(p > 0, p * pull, 0)
-  back = jnp.where(own, of_theirs, 0) - of_theirs * q + of_divergence * (q - p)
-  slope, back = (x / jnp.asarray(temperature, x.dtype) for x in (slope, back))
-  return slope.astype(logits.dtype), back.astype(other.dtype), None, None
+  logits, other, tokens, temperature, of_rows = kept
+  log_total, log_other, log_ratio, entropy, kl = (x[..., None] for x in of_rows)
+  of_chosen, of_entropy, of_kl, of_other = (slope[..., None] for slope in slopes)
+  (away, *_), (other_away, *_) = (_parts(x, temperature) for x in (logits, other))
+  logp, other_logp, own = away - log_total, other_away - log_other, _is_token(logits, tokens)
+  # Where μ rules a token out the KL is infinite, and of those whom nobody asks for theirs, no NaN.
+  further = jnp.where(of_kl == 0, 0, of_kl * (away - other_away + log_ratio - kl))
+  pull = of_chosen + of_entropy * (logp + entropy) - further
+  slope = _pulled(logp, pull, jnp.where(own, of_chosen, 0))
+  of_own = jnp.where(own, of_other, 0) - of_kl * jnp.exp(logp)
+  other_slope = _pulled(other_logp, of_other - of_kl, of_own)
+  slope, other_slope = (x / jnp.asarray(temperature, x.dtype) for x in (slope, other_slope))
+  return slope.astype(logits.dtype), other_slope.astype(other.dtype), None, None
 
 
 against.defvjp(_against_forward, _against_backward)

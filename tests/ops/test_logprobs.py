@@ -103,6 +103,38 @@ def test_statistics_have_the_values_and_gradients_of_their_plain_forms():
       assert_close(one, known, atol=1e-9)
 
 
+def test_a_ruled_out_token_spoils_no_gradient_but_that_of_an_infinite_divergence():
+  logits, other, token = log_law(0.25, 0.25, 0.5), log_law(0.5, 0.0, 0.5), jnp.int32(0)
+  _, back = jax.vjp(lambda x, y: logprobs.against(x, y, token, 0.5), logits, other)
+  # Of log π(0): (1[v = 0] − π(v)) / T, and the odds 1 : 1 : 2 squared are 1 : 1 : 4.
+  slope, other_slope = back((ONE, ONE * 0, ONE * 0, ONE * 0))
+  assert_close(slope, [5 / 3, -1 / 3, -4 / 3])
+  assert_close(other_slope, [0, 0, 0])
+  assert_close(back((ONE * 0, ONE * 0, ONE * 0, ONE))[1], [1, 0, -1])
+  slope, _ = back((ONE, ONE * 0, ONE, ONE * 0))
+  assert np.isnan(slope).any()
+
+
+def test_a_small_divergence_is_not_rounded_as_coarsely_as_the_normalizers():
+  logits = jax.random.normal(jax.random.key(3), (40_000,))
+  other = logits + 1e-3 * jnp.sin(jnp.arange(40_000.0))
+  exact = [np.float64(x) - np.log(np.sum(np.exp(np.float64(x)))) for x in (logits, other)]
+  expected = np.sum(np.exp(exact[0]) * (exact[0] - exact[1]))
+  assert_close(divergence(logits, other), expected, atol=2e-7)
+
+
+def test_an_overflowed_logit_is_no_finite_gradient():
+  slope = jax.grad(lambda x: logprobs.of_tokens(x, jnp.int32(0))[0])(jnp.array([0.0, jnp.inf]))
+  assert np.isnan(slope).all()
+
+
+def test_narrow_logits_are_summed_wide_and_have_narrow_gradients():
+  logits = jnp.array([0.0, 1.0, 2.0], jnp.bfloat16)
+  found, back = jax.vjp(lambda x: logprobs.against(x, x, jnp.int32(0)), logits)
+  assert {x.dtype for x in found} == {jnp.dtype(jnp.float32)}
+  assert back(found)[0].dtype == jnp.bfloat16
+
+
 # --- mixtures --------------------------------------------------------------------------------
 
 # At weight ¼ the odds 16 : 1 become 2 : 1; swapped they would become 8 : 1.
