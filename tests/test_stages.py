@@ -24,8 +24,7 @@ CAST = [players.POLICY, MIXTURE]
 
 @functools.cache
 def model(scan=False):
-  layers = 4 if scan else 1
-  return decoders.decoder(architecture.tiny(V, layers=layers), scan=scan)
+  return decoders.decoder(architecture.tiny(V, layers=4 if scan else 1), scan=scan)
 
 
 @functools.cache

@@ -115,11 +115,11 @@ def against(
 ]:
   """log π(a), the entropy of π, KL(π || μ) and log μ(a), in nats, of the softmaxes π and μ.
 
-    KL = Σ π (s − r) − log Z + log Z_μ,  π = exp s / Z,  μ = exp r / Z_μ
+    KL = Σ π (s − r) + log(Z_μ / Z),  π = exp s / Z,  μ = exp r / Z_μ
     T ∂KL / ∂ logits_v = π(v) (log π(v) − log μ(v) − KL),  T ∂KL / ∂ other_v = μ(v) − π(v)
 
   The first two as `of_tokens` makes them, and with it both arrays of logits alone are held. The KL
-  of equal logits is 0, and of laws alike not rounded as coarsely as their log Z. Tokens of
+  of equal logits is 0, and a small one is not rounded as coarsely as the two log Z are. Tokens of
   probability 0 under π add nothing to it. The temperature has no gradient.
   """
   found, _ = _against_forward(logits, other, tokens, temperature)
@@ -146,7 +146,7 @@ def _against_backward(kept: Any, slopes: tuple[Array, ...]) -> tuple[Array, Arra
   of_chosen, of_entropy, of_kl, of_other = (slope[..., None] for slope in slopes)
   (away, *_), (other_away, *_) = (_parts(x, temperature) for x in (logits, other))
   logp, other_logp, own = away - log_total, other_away - log_other, _is_token(logits, tokens)
-  # Where μ rules a token out the KL is infinite, and of those whom nobody asks for theirs, no NaN.
+  # Where μ rules out a token of π the KL is infinite; where it is not asked for, 0 · inf is no NaN.
   further = jnp.where(of_kl == 0, 0, of_kl * (away - other_away + log_ratio - kl))
   pull = of_chosen + of_entropy * (logp + entropy) - further
   slope = _pulled(logp, pull, jnp.where(own, of_chosen, 0))
